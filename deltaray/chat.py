@@ -1,0 +1,87 @@
+"""The one owner of chat text <-> token ids. Generation, reference pass and training all render through here."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from deltaray.errors import UserError
+from deltaray.recipe.models import Model
+
+Message = dict[str, str]
+
+
+def load_tokenizer(model: Model, key: str) -> Any:
+    """The tokenizer of a teacher or student, with its chat template.
+
+    Raises:
+        UserError: it cannot be loaded or has no chat template; `key` names the recipe's section.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            model.model, revision=model.revision, trust_remote_code=model.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"{key}.model: no tokenizer in {model.model!r}: {_first_line(error)}") from None
+    if model.chat_template is not None:
+        tokenizer.chat_template = _read_template(model.chat_template, key)
+    if not tokenizer.chat_template:
+        raise UserError(
+            f"{key}.model: the tokenizer of {model.model!r} has no chat template; name a Jinja file in "
+            f"{key}.chat_template, or use the instruction-tuned model"
+        )
+    return tokenizer
+
+
+def _read_template(path: str, key: str) -> str:
+    if not Path(path).is_file():
+        raise UserError(f"{key}.chat_template: there is no file {path!r}")
+    return Path(path).read_text(encoding="utf-8")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]
+
+
+def prompt_ids(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
+    """Ids of the prompt up to where the assistant starts to speak, special tokens as the template writes them."""
+    ids = tokenizer.apply_chat_template(
+        list(messages), add_generation_prompt=True, tokenize=True, return_dict=False
+    )
+    return list(ids)
+
+
+def conversation_ids(tokenizer: Any, messages: Sequence[Message], response: str) -> tuple[list[int], list[int]]:
+    """(prompt ids, response ids); the response ends with its end token and nothing after it.
+
+    Raises:
+        ValueError: the template renders the prompt differently once an answer follows, so that training would see
+            other tokens than generation did.
+    """
+    prompt = prompt_ids(tokenizer, messages)
+    full = tokenizer.apply_chat_template(
+        [*messages, {"role": "assistant", "content": response}], tokenize=True, return_dict=False
+    )
+    if list(full[: len(prompt)]) != prompt:
+        raise ValueError("the chat template's prompt is no prefix of prompt and response")
+    return prompt, end_at_eos(list(full[len(prompt) :]), tokenizer.eos_token_id)
+
+
+def end_at_eos(ids: list[int], eos: int) -> list[int]:
+    """Cuts what a template writes after the last end token (a line break, say); adds one where there is none."""
+    for position in range(len(ids) - 1, -1, -1):
+        if ids[position] == eos:
+            return ids[: position + 1]
+    return [*ids, eos]
+
+
+def truncate(prompt: list[int], response: list[int], max_length: int, eos: int) -> list[int] | None:
+    """The response cut to what fits, its last token forced to the end token; None if the prompt leaves no room.
+
+    The rule is the delta-learning code's: a prompt of max_length - 2 tokens or more drops the sample.
+    """
+    if len(prompt) >= max_length - 2:
+        return None
+    room = max_length - len(prompt)
+    return response if len(response) <= room else [*response[: room - 1], eos]

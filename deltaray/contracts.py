@@ -1,0 +1,89 @@
+"""The data contracts: what every stored table looks like. Imports nothing of ours.
+
+Everything expensive is computed once per *response* and keyed by (prompt_id, teacher, sample): its text
+(`RESPONSES`), its score (`SCORES`), its reference log-probability (`REFERENCES`). A pairing (`PAIRS`) is then only
+a join of two responses to one prompt. Tables are Parquet; a teacher, scorer, student or pairing is a folder
+(`teacher=<name>`), so those names are not repeated in the rows unless a reader of single files needs them.
+"""
+
+import pyarrow as pa
+
+MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+"""A conversation: turns in order, roles `system`, `user`, `assistant`."""
+
+PROMPTS = pa.schema(
+    [
+        pa.field("prompt_id", pa.string(), nullable=False),
+        pa.field("messages", MESSAGES, nullable=False),  # all turns before the answer
+        pa.field("answer", pa.string()),  # what a verifier compares with, if known
+        pa.field("source", pa.string()),  # where the prompt comes from
+    ]
+)
+
+RESPONSES = pa.schema(
+    [
+        pa.field("prompt_id", pa.string(), nullable=False),
+        pa.field("sample", pa.int32(), nullable=False),  # 0 … samples-1
+        pa.field("teacher", pa.string(), nullable=False),
+        pa.field("text", pa.string(), nullable=False),  # without special tokens
+        pa.field("prompt_token_ids", pa.list_(pa.int32()), nullable=False),  # as the engine received them
+        pa.field("token_ids", pa.list_(pa.int32()), nullable=False),  # as the engine produced them
+        pa.field("tokens", pa.int32(), nullable=False),  # len(token_ids), in the teacher's tokens
+        pa.field("finish_reason", pa.string(), nullable=False),  # stop | length | error
+        pa.field("error", pa.string()),  # the engine's words when finish_reason is error
+    ]
+)
+
+SCORES = pa.schema(
+    [
+        pa.field("prompt_id", pa.string(), nullable=False),
+        pa.field("sample", pa.int32(), nullable=False),
+        pa.field("score", pa.float64()),  # on the scorer's own scale; null = could not be scored
+    ]
+)
+
+REFERENCES = pa.schema(
+    [
+        pa.field("prompt_id", pa.string(), nullable=False),
+        pa.field("sample", pa.int32(), nullable=False),
+        pa.field("logp", pa.float64(), nullable=False),  # sum over response tokens, nats
+        pa.field("tokens", pa.int32(), nullable=False),  # response tokens summed over, end token included
+    ]
+)
+
+PAIRS = pa.schema(
+    [
+        pa.field("prompt_id", pa.string(), nullable=False),
+        pa.field("prompt", MESSAGES, nullable=False),
+        pa.field("chosen", MESSAGES, nullable=False),  # the one final assistant turn
+        pa.field("rejected", MESSAGES, nullable=False),
+        pa.field("chosen_model", pa.string(), nullable=False),
+        pa.field("rejected_model", pa.string(), nullable=False),
+        pa.field("chosen_score", pa.float64()),
+        pa.field("rejected_score", pa.float64()),
+        pa.field("delta", pa.float64()),
+        pa.field("chosen_tokens", pa.int32(), nullable=False),  # in the student's tokens, end token included
+        pa.field("rejected_tokens", pa.int32(), nullable=False),
+        pa.field("source", pa.string()),
+        pa.field("answer", pa.string()),
+        pa.field("chosen_sample", pa.int32(), nullable=False),  # with the model: the key of its response
+        pa.field("rejected_sample", pa.int32(), nullable=False),
+    ]
+)
+
+EVALUATIONS = pa.schema(
+    [
+        pa.field("prompt_id", pa.string(), nullable=False),
+        pa.field("sample", pa.int32(), nullable=False),
+        pa.field("text", pa.string(), nullable=False),
+        pa.field("finish_reason", pa.string(), nullable=False),
+        pa.field("answer", pa.string()),
+        pa.field("score", pa.float64()),
+    ]
+)
+
+METRICS = (
+    "step", "epoch", "loss", "learning_rate", "logps_chosen", "logps_rejected", "rewards_chosen",
+    "rewards_rejected", "rewards_margin", "rewards_accuracy", "grad_norm", "tokens", "tokens_per_second",
+)  # fmt: skip
+"""Keys of every line of `training/<name>/metrics.jsonl`; log-probs are means over response tokens."""

@@ -1,0 +1,17 @@
+"""The two kinds of failure a user can meet, each with its exit code.
+
+A mistake of the user's is one message without a traceback; a failure while running says what failed, where the
+log is and how to resume. Everything else is a bug and keeps its traceback (in the log).
+"""
+
+
+class UserError(Exception):
+    """The user's mistake: the message names the file, key or row, and the mend. Exit code 2."""
+
+    exit_code = 2
+
+
+class StageError(Exception):
+    """A stage failed while running: the message says what, where the log is, how to resume. Exit code 1."""
+
+    exit_code = 1

@@ -1,0 +1,7 @@
+"""The recipe: one YAML file describes a study."""
+
+from deltaray.recipe.load import dump_recipe, load_recipe
+from deltaray.recipe.models import Recipe
+from deltaray.recipe.study import Study, expand
+
+__all__ = ["Recipe", "Study", "dump_recipe", "expand", "load_recipe"]

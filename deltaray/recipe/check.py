@@ -1,0 +1,94 @@
+"""What a recipe's single values cannot tell: names that must exist elsewhere in it, sections that need another."""
+
+import re
+from collections.abc import Iterator
+from difflib import get_close_matches
+
+from deltaray.recipe.models import Recipe
+
+Problem = tuple[tuple[str | int, ...], str]
+"""(key path, what is wrong and what to write instead)."""
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+CLAIM = re.compile(r"\s*(\S+)\s*>\s*(\S+)\s*")
+
+
+def unknown(kind: str, name: str, known: object) -> str:
+    """The message for a name that does not exist, with the nearest that does."""
+    names = sorted(str(item) for item in known)  # type: ignore[attr-defined]
+    close = get_close_matches(name, names, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"write one of: {', '.join(names) or '(none defined)'}"
+    return f"there is no {kind} {name!r}; {hint}"
+
+
+def check_recipe(recipe: Recipe) -> Iterator[Problem]:
+    """All contradictions of a recipe, in the order of its sections."""
+    yield from _check_names(recipe)
+    yield from _check_pairings(recipe)
+    yield from _check_training(recipe)
+    yield from _check_evaluation(recipe)
+
+
+def _check_names(recipe: Recipe) -> Iterator[Problem]:
+    sections = {"teachers": recipe.teachers, "pairings": recipe.pairings, "scorers": recipe.scorers}
+    if recipe.training:
+        sections["training.runs"] = recipe.training.runs  # type: ignore[assignment]
+    for section, entries in sections.items():
+        for name in entries:
+            if not NAME.fullmatch(name):
+                path = (*section.split("."), name)
+                yield path, "names become folders: use letters, digits, '.', '_' and '-' only"
+    taken: set[str] = {recipe.student.name} if recipe.student else set()
+    for name in recipe.training.runs if recipe.training else []:
+        if name in taken or name in recipe.teachers:
+            yield ("training", "runs", name), "a teacher or the student has this name already; choose another"
+
+
+def _check_pairings(recipe: Recipe) -> Iterator[Problem]:
+    if recipe.pairings and recipe.student is None:
+        yield ("pairings",), "lengths are counted in the student's tokens: add a `student:` section"
+    for name, pairing in recipe.pairings.items():
+        at = ("pairings", name)
+        for side in ("chosen", "rejected"):
+            teacher = getattr(pairing, side)
+            if teacher not in recipe.teachers:
+                yield (*at, side), unknown("teacher", teacher, recipe.teachers)
+        if pairing.chosen == pairing.rejected:
+            yield (*at, "rejected"), f"chosen and rejected are both {pairing.chosen!r}; name two different teachers"
+        if pairing.scorer is not None and pairing.scorer not in recipe.scorers:
+            yield (*at, "scorer"), unknown("scorer", pairing.scorer, recipe.scorers)
+        needs_scores = pairing.keep != "all" or pairing.min_delta is not None or pairing.max_delta is not None
+        if needs_scores and pairing.scorer is None:
+            yield at, "keep, min_delta and max_delta need scores: add `scorer: NAME`"
+        if pairing.min_delta is not None and pairing.max_delta is not None and pairing.min_delta > pairing.max_delta:
+            yield (*at, "min_delta"), "is larger than max_delta: no pair can pass"
+
+
+def _check_training(recipe: Recipe) -> Iterator[Problem]:
+    if recipe.training is None:
+        return
+    if recipe.student is None:
+        yield ("training",), "there is nothing to train: add a `student:` section"
+    for name, run in recipe.training.runs.items():
+        at = ("training", "runs", name)
+        if run.pairing not in recipe.pairings:
+            yield (*at, "pairing"), unknown("pairing", run.pairing, recipe.pairings)
+        grid = isinstance(run.learning_rate, list)
+        if grid and not (recipe.evaluation and recipe.evaluation.selection):
+            yield (*at, "learning_rate"), "a grid needs `evaluation.selection` tasks to choose on, or write one number"
+
+
+def _check_evaluation(recipe: Recipe) -> Iterator[Problem]:
+    if recipe.evaluation is None:
+        return
+    known = set(recipe.teachers) | (set(recipe.training.runs) if recipe.training else set())
+    known |= {recipe.student.name} if recipe.student else set()
+    for index, claim in enumerate(recipe.evaluation.claims):
+        at = ("evaluation", "claims", index)
+        match = CLAIM.fullmatch(claim)
+        if match is None:
+            yield at, f"{claim!r} is not a claim; write `better > worse` with two model names"
+            continue
+        for name in match.groups():
+            if name not in known:
+                yield at, unknown("model", name, known)

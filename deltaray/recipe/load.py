@@ -1,0 +1,191 @@
+"""From a YAML file and `--set` overrides to a checked `Recipe`; every refusal names file, line, key and the mend."""
+
+import io
+from difflib import get_close_matches
+from pathlib import Path
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap, CommentedSeq
+from ruamel.yaml.error import MarkedYAMLError
+
+from deltaray.errors import UserError
+from deltaray.recipe.check import check_recipe
+from deltaray.recipe.models import Recipe
+
+Path_ = tuple[str | int, ...]
+
+
+def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
+    """Reads, overrides and checks a recipe.
+
+    Raises:
+        UserError: one line per problem, `file:line: key.path: what is wrong, what to write instead`.
+    """
+    tree = _read(path)
+    overridden = [_override(tree, item) for item in overrides or []]
+    try:
+        recipe = Recipe.model_validate(_plain(tree))
+    except ValidationError as error:
+        found = [(_real_path(tree, issue["loc"]), _explain(issue)) for issue in error.errors()]
+    else:
+        found = list(check_recipe(recipe))
+        if not found:
+            return recipe
+    lines = dict.fromkeys(_message(path, tree, at, text, overridden) for at, text in found)
+    raise UserError("\n".join(lines))
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as YAML, every default written out."""
+    buffer = io.StringIO()
+    yaml = YAML(typ="safe")
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+    yaml.dump(recipe.model_dump(mode="json"), buffer)
+    return buffer.getvalue()
+
+
+def _read(path: Path) -> CommentedMap:
+    if not path.is_file():
+        raise UserError(f"{path}: there is no such recipe; give the path of a YAML file")
+    try:
+        tree = YAML(typ="rt").load(path.read_text(encoding="utf-8"))
+    except MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise UserError(f"{path}:{line}: not YAML: {error.problem}; mend the indentation or quoting there") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+    if not isinstance(tree, CommentedMap):
+        raise UserError(f"{path}:1: a recipe is a mapping of keys (name, out, prompts, teachers, …)")
+    return tree
+
+
+def _override(tree: CommentedMap, item: str) -> Path_:
+    """Applies one `key.path=value`; the value is YAML, so numbers, lists and null work."""
+    key, equals, text = item.partition("=")
+    if not equals or not key.strip():
+        raise UserError(f"--set {item}: write key.path=value, for example --set training.workers=2")
+    try:
+        value = YAML(typ="safe").load(text) if text.strip() else None
+    except MarkedYAMLError as error:
+        raise UserError(f"--set {item}: the value is not YAML: {error.problem}") from None
+    path = tuple(int(part) if part.isdigit() else part for part in key.strip().split("."))
+    node: Any = tree
+    for depth, part in enumerate(path[:-1]):
+        node = _descend(node, part, f"--set {item}", path[: depth + 1])
+    _assign(node, path[-1], value, f"--set {item}")
+    return path
+
+
+def _descend(node: Any, part: str | int, where: str, so_far: Path_) -> Any:
+    if isinstance(node, CommentedSeq) and isinstance(part, int) and part < len(node):
+        return node[part]
+    if isinstance(node, dict):
+        child = node.get(part, node.get(str(part)))
+        if child is None:
+            child = node[str(part)] = CommentedMap()
+        return child
+    raise UserError(f"{where}: {'.'.join(map(str, so_far))} is not a section that holds keys")
+
+
+def _assign(node: Any, part: str | int, value: Any, where: str) -> None:
+    if isinstance(node, CommentedSeq) and isinstance(part, int) and part < len(node):
+        node[part] = value
+    elif isinstance(node, dict):
+        node[str(part)] = value
+    else:
+        raise UserError(f"{where}: {part} cannot be set there")
+
+
+def _plain(node: Any) -> Any:
+    """Strips ruamel's types, so that pydantic's messages speak of plain ones."""
+    if isinstance(node, dict):
+        return {str(key): _plain(value) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_plain(value) for value in node]
+    if isinstance(node, bool) or node is None:
+        return node
+    for kind in (int, float, str):
+        if isinstance(node, kind):
+            return kind(node)
+    return node
+
+
+def _real_path(tree: Any, loc: Path_) -> Path_:
+    """Drops the union members' names that pydantic puts into a location (`learning_rate.float`)."""
+    path: list[str | int] = []
+    node = tree
+    for position, part in enumerate(loc):
+        last = position == len(loc) - 1
+        inside = isinstance(node, dict | list)
+        if not inside:
+            break
+        path.append(part)
+        if isinstance(node, dict) and part in node:
+            node = node[part]
+        elif isinstance(node, list) and isinstance(part, int) and part < len(node):
+            node = node[part]
+        elif not last:
+            path.pop()
+    return tuple(path)
+
+
+def _explain(issue: Any) -> str:
+    kind, context = issue["type"], issue.get("ctx", {})
+    if kind == "extra_forbidden":
+        return _unknown_key(issue["loc"])
+    if kind == "missing":
+        return "is missing; add it"
+    if kind == "literal_error":
+        return f"{issue['input']!r} is not allowed; write {context['expected']}"
+    if kind == "value_error":
+        return f"{issue['input']!r} is not allowed; write {context['error']}"
+    if kind == "string_pattern_mismatch":
+        return f"{issue['input']!r}: use letters, digits, '.', '_' and '-' only"
+    message = issue["msg"][0].lower() + issue["msg"][1:]
+    return f"{issue['input']!r}: {message.replace('input should be', 'write').replace('valid ', '')}"
+
+
+def _unknown_key(loc: Path_) -> str:
+    model: Any = Recipe
+    for part in loc[:-1]:
+        model = _child(model, part)
+    known = sorted(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
+    close = get_close_matches(str(loc[-1]), known, n=1, cutoff=0.5)
+    if close:
+        return f"unknown key; did you mean {close[0]!r}?"
+    return f"unknown key; known here: {', '.join(known)}"
+
+
+def _child(kind: Any, part: str | int) -> Any:
+    """The type found under `part` of a type: a model's field, a mapping's value, a list's item."""
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        field = kind.model_fields.get(str(part))
+        kind = field.annotation if field else None
+        if get_origin(kind) in (Union, UnionType):
+            kind = next((member for member in get_args(kind) if member is not type(None)), None)
+        return kind
+    members = get_args(kind)
+    return members[-1] if members else None
+
+
+def _message(path: Path, tree: CommentedMap, at: Path_, text: str, overridden: list[Path_]) -> str:
+    key = ".".join(map(str, at)) or "(the recipe)"
+    if any(at[: len(item)] == item or tuple(map(str, at)) == tuple(map(str, item)) for item in overridden):
+        return f"--set {key}: {text}"
+    return f"{path}:{_line(tree, at)}: {key}: {text}"
+
+
+def _line(tree: Any, at: Path_) -> int:
+    """The line of the deepest key of the path that stands in the file."""
+    line, node = 1, tree
+    for part in at:
+        try:
+            where = node.lc.value(part) if isinstance(node, CommentedSeq) else node.lc.key(part)
+            line, node = where[0] + 1, node[part]
+        except (KeyError, IndexError, TypeError, AttributeError):
+            break
+    return line

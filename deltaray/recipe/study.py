@@ -1,0 +1,146 @@
+"""The study: a recipe with its seeds and grids written out, so that every stage sees plain named things.
+
+With one seed names stay as they are. With several, whatever depends on the seed exists once per seed under the name
+`<name>-seed<k>`: models whose path holds `{seed}`, all pairings of such teachers, and every training run. What does
+not depend on the seed stays single, so it is generated, scored and referenced once.
+"""
+
+from dataclasses import dataclass
+from typing import TypeVar
+
+from deltaray.recipe.models import Model, Pairing, Recipe, Run, Student, Teacher
+
+M = TypeVar("M", bound=Model)
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """One student to train: a recipe's run at one seed and one learning rate."""
+
+    name: str
+    student: str
+    pairing: str
+    settings: Run  # learning_rate is one number here, seed includes the study's
+    candidate_of: str | None  # the name that the best of a grid will take
+
+
+@dataclass(frozen=True)
+class EvaluatedModel:
+    """A model whose evaluation is asked for."""
+
+    name: str
+    base: str  # the name without its seed suffix
+    seed: int
+    role: str  # untouched | student | teacher
+
+
+@dataclass(frozen=True)
+class Study:
+    recipe: Recipe
+    teachers: dict[str, Teacher]
+    students: dict[str, Student]
+    pairings: dict[str, Pairing]
+    runs: dict[str, TrainingRun]
+    evaluated: dict[str, EvaluatedModel]
+
+    def student_of(self, pairing: str) -> str:
+        """The student that a pairing trains and in whose tokens its lengths are counted."""
+        runs = [run.student for run in self.runs.values() if run.pairing == pairing]
+        suffix = pairing.rpartition("-seed")[2]
+        guess = f"{self.recipe.student.name}-seed{suffix}" if self.recipe.student else ""
+        return runs[0] if runs else guess if guess in self.students else next(iter(self.students))
+
+    def grid(self, name: str) -> list[str]:
+        """The candidates among which `name` is chosen; empty if it is no grid."""
+        return [run.name for run in self.runs.values() if run.candidate_of == name]
+
+    def paired_teachers(self) -> list[str]:
+        """Teachers that some pairing uses, in the order of the recipe."""
+        used = {name for pairing in self.pairings.values() for name in (pairing.chosen, pairing.rejected)}
+        return [name for name in self.teachers if name in used or not self.pairings]
+
+
+def expand(recipe: Recipe) -> Study:
+    """Writes out seeds and grids. Pure."""
+    teachers: dict[str, Teacher] = {}
+    students: dict[str, Student] = {}
+    pairings: dict[str, Pairing] = {}
+    runs: dict[str, TrainingRun] = {}
+    evaluated: dict[str, EvaluatedModel] = {}
+    for seed in recipe.seeds:
+        names = _Names(recipe, seed)
+        for name, teacher in recipe.teachers.items():
+            teachers[names.teacher(name)] = _at_seed(teacher, seed)
+        if recipe.student:
+            students[names.student()] = _at_seed(recipe.student, seed)
+        for name, pairing in recipe.pairings.items():
+            sides = {"chosen": names.teacher(pairing.chosen), "rejected": names.teacher(pairing.rejected)}
+            pairings[names.pairing(name)] = pairing.model_copy(update=sides)
+        for name, run in (recipe.training.runs if recipe.training else {}).items():
+            for item in _grid(run, names.run(name)):
+                settings = item[1].model_copy(update={"seed": run.seed + seed})
+                candidate_of = names.run(name) if item[0] != names.run(name) else None
+                runs[item[0]] = TrainingRun(
+                    item[0], names.student(), names.pairing(run.pairing), settings, candidate_of
+                )
+        evaluated |= {model.name: model for model in _evaluated(recipe, names, seed)}
+    return Study(recipe, teachers, students, pairings, runs, evaluated)
+
+
+class _Names:
+    """Who carries a seed suffix."""
+
+    def __init__(self, recipe: Recipe, seed: int) -> None:
+        self.recipe = recipe
+        self.suffix = f"-seed{seed}" if len(recipe.seeds) > 1 else ""
+
+    def teacher(self, name: str) -> str:
+        return name + (self.suffix if _depends_on_seed(self.recipe.teachers[name]) else "")
+
+    def student(self) -> str:
+        student = self.recipe.student
+        assert student is not None
+        return student.name + (self.suffix if _depends_on_seed(student) else "")
+
+    def pairing(self, name: str) -> str:
+        pairing = self.recipe.pairings[name]
+        models: list[Model] = [self.recipe.teachers[pairing.chosen], self.recipe.teachers[pairing.rejected]]
+        models += [self.recipe.student] if self.recipe.student else []
+        return name + (self.suffix if any(_depends_on_seed(model) for model in models) else "")
+
+    def run(self, name: str) -> str:
+        return name + self.suffix
+
+
+def _depends_on_seed(model: Model) -> bool:
+    return "{seed}" in model.model
+
+
+def _at_seed(model: M, seed: int) -> M:
+    """The model of one seed; its sampling is seeded apart only if the model itself is another one."""
+    if not _depends_on_seed(model):
+        return model
+    update: dict[str, object] = {"model": model.model.replace("{seed}", str(seed))}
+    if isinstance(model, Teacher):
+        update["sampling"] = model.sampling.model_copy(update={"seed": model.sampling.seed + seed})
+    return model.model_copy(update=update)
+
+
+def _grid(run: Run, name: str) -> list[tuple[str, Run]]:
+    if not isinstance(run.learning_rate, list):
+        return [(name, run)]
+    return [(f"{name}-lr{rate:g}", run.model_copy(update={"learning_rate": rate})) for rate in run.learning_rate]
+
+
+def _evaluated(recipe: Recipe, names: _Names, seed: int) -> list[EvaluatedModel]:
+    models = []
+    if recipe.student:
+        models.append(EvaluatedModel(names.student(), recipe.student.name, seed, "untouched"))
+    for name in recipe.training.runs if recipe.training else []:
+        models.append(EvaluatedModel(names.run(name), name, seed, "student"))
+    paired = {name for pairing in recipe.pairings.values() for name in (pairing.chosen, pairing.rejected)}
+    if recipe.evaluation and recipe.evaluation.teachers:
+        for name in recipe.teachers:
+            if name in paired or not recipe.pairings:
+                models.append(EvaluatedModel(names.teacher(name), name, seed, "teacher"))
+    return models

@@ -1,0 +1,142 @@
+"""What a report shows, as typed values.
+
+Every field may be missing in a study that is still running, so a reader fills what it finds and a section
+without data says which command produces it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Tokens = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One score: mean over seeds on the task's own scale, its standard error, one value per seed."""
+
+    mean: float | None = None
+    stderr: float | None = None
+    values: tuple[float, ...] = ()
+    n: int | None = None
+
+
+@dataclass(frozen=True)
+class Model:
+    """One evaluated model; `role` is student (trained here), untouched or teacher."""
+
+    name: str
+    role: str
+    tasks: dict[str, Measure]
+    mean: Measure
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One claim that was checked: `better` above `worse` on `task`, with an interval of the difference."""
+
+    better: str
+    worse: str
+    task: str
+    difference: float | None
+    low: float | None
+    high: float | None
+    holds: bool | None
+    method: str
+
+
+@dataclass(frozen=True)
+class Evaluations:
+    """All scores of a study; `metrics` names the metric of a task where a result file says it."""
+
+    tasks: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = ()
+    models: tuple[Model, ...] = ()
+    comparisons: tuple[Comparison, ...] = ()
+    metrics: dict[str, str] = field(default_factory=dict)
+
+    def with_role(self, role: str) -> tuple[Model, ...]:
+        """The models of one role, in the order of the summary."""
+        return tuple(model for model in self.models if model.role == role)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run: a column per metric, one entry per optimizer step, None where not logged."""
+
+    name: str
+    group: str
+    seed: int | None
+    columns: dict[str, tuple[float | None, ...]]
+
+    def column(self, key: str) -> tuple[float | None, ...]:
+        """A metric's values, or nothing but None when the run does not log it."""
+        return self.columns.get(key, (None,) * len(self.columns["step"]))
+
+    def last(self, key: str) -> float | None:
+        """The last logged value of a metric."""
+        return next((value for value in reversed(self.column(key)) if value is not None), None)
+
+
+@dataclass(frozen=True)
+class FunnelStep:
+    """One stage between prompts and pairs, in rows."""
+
+    stage: str
+    entered: int
+    left: int
+    removed: int
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """The pairs of one pairing.
+
+    `rows` counts what the shards hold; `pairs` is the seeded sample that the page embeds. Lengths are in the
+    student's tokens and cover all rows. `chosen_right` is the share of scored chosen answers with score 1, or
+    None when the scores are not right/wrong; `rejected_right` likewise.
+    """
+
+    name: str
+    rows: int = 0
+    funnel: tuple[FunnelStep, ...] = ()
+    chosen_lengths: Tokens = field(default_factory=lambda: np.zeros(0, np.int64))
+    rejected_lengths: Tokens = field(default_factory=lambda: np.zeros(0, np.int64))
+    binary: bool = False
+    chosen_right: float | None = None
+    rejected_right: float | None = None
+    teachers: tuple[str, ...] = ()
+    pairs: tuple[dict[str, Any], ...] = ()
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One executed stage: seconds of wall time, `done` and `skipped` in `unit`s, tokens, peak memory in GiB."""
+
+    name: str
+    started: float | None
+    seconds: float
+    done: int | None
+    skipped: int | None
+    unit: str
+    tokens: int | None
+    peak_gib: float | None
+
+
+@dataclass(frozen=True)
+class Study:
+    """Everything found under an output folder; `notes` are sentences about files that could not be read."""
+
+    out: Path
+    name: str
+    recipe: str | None
+    evaluations: Evaluations
+    runs: tuple[Run, ...]
+    pairings: tuple[Pairing, ...]
+    stages: tuple[Stage, ...]
+    notes: tuple[str, ...]
