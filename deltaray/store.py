@@ -28,7 +28,7 @@ class Store:
         self.out = out if "://" in out else str(Path(out).absolute())
         base, path = fs.FileSystem.from_uri(self.out) if "://" in self.out else (fs.LocalFileSystem(), self.out)
         self.local = Path(path) if isinstance(base, fs.LocalFileSystem) else None
-        self.files = fs.SubTreeFileSystem(path, base)
+        self.filesystem = fs.SubTreeFileSystem(path, base)
 
     def __reduce__(self) -> tuple[type["Store"], tuple[str]]:
         return Store, (self.out,)
@@ -70,23 +70,23 @@ class Store:
 
     # --- reading ----------------------------------------------------------------------------------------------
     def exists(self, path: str) -> bool:
-        return self.files.get_file_info(path).type != fs.FileType.NotFound
+        return self.filesystem.get_file_info(path).type != fs.FileType.NotFound
 
-    def list(self, folder: str, suffix: str = ".parquet") -> list[str]:
+    def committed(self, folder: str, suffix: str = ".parquet") -> list[str]:
         """Committed files of a folder (not its subfolders), sorted; hidden names are work in progress."""
-        found = self.files.get_file_info(fs.FileSelector(folder, allow_not_found=True))
+        found = self.filesystem.get_file_info(fs.FileSelector(folder, allow_not_found=True))
         names = [item.path for item in found if item.type == fs.FileType.File and item.path.endswith(suffix)]
         return sorted(name for name in names if not name.rpartition("/")[2].startswith("."))
 
     def read_table(self, path: str, columns: list[str] | None = None) -> pa.Table:
-        with self.files.open_input_file(path) as source:
+        with self.filesystem.open_input_file(path) as source:
             return pq.read_table(source, columns=columns)
 
     def read_tables(
         self, folder: str, schema: pa.Schema, columns: list[str] | None = None, prefix: str = ""
     ) -> pa.Table:
         """All rows of a folder's files (whose names start with `prefix`), in file order; empty if there are none."""
-        paths = [path for path in self.list(folder) if path.rpartition("/")[2].startswith(prefix)]
+        paths = [path for path in self.committed(folder) if path.rpartition("/")[2].startswith(prefix)]
         if columns:
             schema = pa.schema([schema.field(name) for name in columns])
         return pa.concat_tables([schema.empty_table(), *(self.read_table(path, columns) for path in paths)])
@@ -94,13 +94,13 @@ class Store:
     def count_rows(self, folder: str) -> int:
         """Rows committed in a folder, read from the files' footers."""
         rows = 0
-        for path in self.list(folder):
-            with self.files.open_input_file(path) as source:
+        for path in self.committed(folder):
+            with self.filesystem.open_input_file(path) as source:
                 rows += pq.ParquetFile(source).metadata.num_rows
         return rows
 
     def read_json(self, path: str) -> Any:
-        with self.files.open_input_file(path) as source:
+        with self.filesystem.open_input_file(path) as source:
             return json.loads(source.read())
 
     # --- committing -------------------------------------------------------------------------------------------
@@ -116,9 +116,9 @@ class Store:
 
     def write_bytes(self, path: str, content: bytes | pa.Buffer) -> None:
         folder, _, name = path.rpartition("/")
-        self.files.create_dir(folder, recursive=True) if folder else self.files.create_dir("", recursive=True)
+        self.filesystem.create_dir(folder, recursive=True) if folder else self.filesystem.create_dir("", recursive=True)
         if self.local is None:
-            with self.files.open_output_stream(path) as sink:
+            with self.filesystem.open_output_stream(path) as sink:
                 sink.write(content)
             return
         hidden = self.local / folder / f".{name}.{uuid.uuid4().hex}"
@@ -136,13 +136,13 @@ class Store:
             with open(self.local / path, "ab") as sink:
                 sink.write(line)
             return
-        before = self.files.open_input_file(path).read() if self.exists(path) else b""
+        before = self.filesystem.open_input_file(path).read() if self.exists(path) else b""
         self.write_bytes(path, before + line)
 
     def put_folder(self, local: Path, path: str) -> None:
         """Commits a whole folder (a Hugging Face model); nothing of it is visible before it is complete."""
         if self.local is None:
-            fs.copy_files(str(local), path, source_filesystem=fs.LocalFileSystem(), destination_filesystem=self.files)
+            fs.copy_files(str(local), path, source_filesystem=fs.LocalFileSystem(), destination_filesystem=self.filesystem)
             return
         target = self.local / path
         hidden = target.parent / f".{target.name}.{uuid.uuid4().hex}"
@@ -159,7 +159,7 @@ class Store:
         if not cache.exists():
             part = cache.with_name(f".{cache.name}.{uuid.uuid4().hex}")
             part.mkdir(parents=True)
-            fs.copy_files(path, str(part), source_filesystem=self.files, destination_filesystem=fs.LocalFileSystem())
+            fs.copy_files(path, str(part), source_filesystem=self.filesystem, destination_filesystem=fs.LocalFileSystem())
             os.replace(part, cache)
         return str(cache)
 

@@ -22,7 +22,7 @@ def store_prompts(store: Store, rows: list[PromptRow], shard_size: int) -> int:
     _refuse_changes(store, stored, {row["prompt_id"]: row for row in rows})
     known = {row["prompt_id"] for row in stored}
     new = [row for row in rows if row["prompt_id"] not in known]
-    first = len(store.list(Store.prompts))
+    first = len(store.committed(Store.prompts))
     for number, start in enumerate(range(0, len(new), shard_size), start=first):
         table = pa.Table.from_pylist(new[start : start + shard_size], schema=PROMPTS)
         store.write_table(f"{Store.prompts}/part-{number:05d}.parquet", table, PROMPTS)
