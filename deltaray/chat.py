@@ -46,9 +46,7 @@ def _first_line(error: Exception) -> str:
 
 def prompt_ids(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
     """Ids of the prompt up to where the assistant starts to speak, special tokens as the template writes them."""
-    ids = tokenizer.apply_chat_template(
-        list(messages), add_generation_prompt=True, tokenize=True, return_dict=False
-    )
+    ids = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=True, return_dict=False)
     return list(ids)
 
 

@@ -65,6 +65,10 @@ class Store:
         return f"evaluation/{name}.json"
 
     @staticmethod
+    def evaluation_prompts(task: str) -> str:
+        return f"evaluation/prompts/task={task}"
+
+    @staticmethod
     def evaluation_responses(model: str, task: str) -> str:
         return f"evaluation/responses/model={model}/task={task}"
 
@@ -122,18 +126,18 @@ class Store:
                 sink.write(content)
             return
         hidden = self.local / folder / f".{name}.{uuid.uuid4().hex}"
-        with open(hidden, "wb") as sink:
+        with hidden.open("wb") as sink:
             sink.write(content)
             sink.flush()
             os.fsync(sink.fileno())
-        os.replace(hidden, self.local / path)
+        hidden.replace(self.local / path)
 
     def append_line(self, path: str, value: Any) -> None:
         """Adds one JSON line to a small log; on an object store the file is put anew."""
         line = json.dumps(value, ensure_ascii=False).encode() + b"\n"
         if self.local is not None:
             (self.local / path).parent.mkdir(parents=True, exist_ok=True)
-            with open(self.local / path, "ab") as sink:
+            with (self.local / path).open("ab") as sink:
                 sink.write(line)
             return
         before = self.filesystem.open_input_file(path).read() if self.exists(path) else b""
@@ -142,14 +146,16 @@ class Store:
     def put_folder(self, local: Path, path: str) -> None:
         """Commits a whole folder (a Hugging Face model); nothing of it is visible before it is complete."""
         if self.local is None:
-            fs.copy_files(str(local), path, source_filesystem=fs.LocalFileSystem(), destination_filesystem=self.filesystem)
+            fs.copy_files(
+                str(local), path, source_filesystem=fs.LocalFileSystem(), destination_filesystem=self.filesystem
+            )
             return
         target = self.local / path
         hidden = target.parent / f".{target.name}.{uuid.uuid4().hex}"
         shutil.copytree(local, hidden)
         if target.exists():
             shutil.rmtree(target)
-        os.replace(hidden, target)
+        hidden.replace(target)
 
     def local_folder(self, path: str) -> str:
         """A folder of the store as a local path (fetched once from an object store), for libraries that need one."""
@@ -159,8 +165,10 @@ class Store:
         if not cache.exists():
             part = cache.with_name(f".{cache.name}.{uuid.uuid4().hex}")
             part.mkdir(parents=True)
-            fs.copy_files(path, str(part), source_filesystem=self.filesystem, destination_filesystem=fs.LocalFileSystem())
-            os.replace(part, cache)
+            fs.copy_files(
+                path, str(part), source_filesystem=self.filesystem, destination_filesystem=fs.LocalFileSystem()
+            )
+            part.replace(cache)
         return str(cache)
 
     # --- definitions ------------------------------------------------------------------------------------------

@@ -80,9 +80,11 @@ def _parse(line: str, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
-        raise UserError(f"{where}: broken JSON: {error.msg} at column {error.colno}; write one object per line") from None
+        raise UserError(
+            f"{where}: broken JSON: {error.msg} at column {error.colno}; write one object per line"
+        ) from None
     if not isinstance(row, dict):
-        raise UserError(f"{where}: not an object; write {{\"prompt\": \"…\"}}")
+        raise UserError(f'{where}: not an object; write {{"prompt": "…"}}')
     return row
 
 
@@ -95,7 +97,7 @@ def _json(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise UserError(f"{file}: not a list of objects; use .jsonl for one object per line")
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict):
-            raise UserError(f"{file}: row {number}: not an object; write {{\"prompt\": \"…\"}}")
+            raise UserError(f'{file}: row {number}: not an object; write {{"prompt": "…"}}')
         yield f"{file}: row {number}", row
 
 
@@ -149,7 +151,9 @@ def _messages(raw: dict[str, Any], where: str) -> list[dict[str, str]]:
     if isinstance(prompt, list):
         return _check_messages(prompt, where)
     if prompt is None:
-        raise UserError(f"{where}: neither `prompt` nor `messages`; the row has {', '.join(map(str, raw)) or 'nothing'}")
+        raise UserError(
+            f"{where}: neither `prompt` nor `messages`; the row has {', '.join(map(str, raw)) or 'nothing'}"
+        )
     if not isinstance(prompt, str) or not prompt.strip():
         raise UserError(f"{where}: `prompt` is empty or not text; write the user's question")
     return [{"role": "user", "content": prompt}]

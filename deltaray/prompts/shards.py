@@ -12,20 +12,20 @@ from deltaray.prompts.read import PromptRow
 from deltaray.store import Store
 
 
-def store_prompts(store: Store, rows: list[PromptRow], shard_size: int) -> int:
+def store_prompts(store: Store, rows: list[PromptRow], shard_size: int, folder: str = Store.prompts) -> int:
     """Appends the prompts that the store does not have yet as new shards; returns how many.
 
     Raises:
         UserError: a prompt of the store is no longer in `rows`, or has another text under its id.
     """
-    stored = store.read_tables(Store.prompts, PROMPTS).to_pylist()
+    stored = store.read_tables(folder, PROMPTS).to_pylist()
     _refuse_changes(store, stored, {row["prompt_id"]: row for row in rows})
     known = {row["prompt_id"] for row in stored}
     new = [row for row in rows if row["prompt_id"] not in known]
-    first = len(store.committed(Store.prompts))
+    first = len(store.committed(folder))
     for number, start in enumerate(range(0, len(new), shard_size), start=first):
         table = pa.Table.from_pylist(new[start : start + shard_size], schema=PROMPTS)
-        store.write_table(f"{Store.prompts}/part-{number:05d}.parquet", table, PROMPTS)
+        store.write_table(f"{folder}/part-{number:05d}.parquet", table, PROMPTS)
     return len(new)
 
 

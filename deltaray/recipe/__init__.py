@@ -2,6 +2,7 @@
 
 from deltaray.recipe.load import dump_recipe, load_recipe
 from deltaray.recipe.models import Recipe
+from deltaray.recipe.shipped import recipe_folder, shipped_recipe
 from deltaray.recipe.study import Study, expand
 
-__all__ = ["Recipe", "Study", "dump_recipe", "expand", "load_recipe"]
+__all__ = ["Recipe", "Study", "dump_recipe", "expand", "load_recipe", "recipe_folder", "shipped_recipe"]

@@ -34,8 +34,9 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
         found = list(check_recipe(recipe))
         if not found:
             return recipe
-    lines = dict.fromkeys(_message(path, tree, at, text, overridden) for at, text in found)
-    raise UserError("\n".join(lines))
+    first_of_each = dict(reversed(found))  # a union reports once per member
+    lines = [_message(path, tree, at, text, overridden) for at, text in first_of_each.items()]
+    raise UserError("\n".join(reversed(lines)))
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -97,7 +98,7 @@ def _assign(node: Any, part: str | int, value: Any, where: str) -> None:
     elif isinstance(node, dict):
         node[str(part)] = value
     else:
-        raise UserError(f"{where}: {part} cannot be set there")
+        raise UserError(f"{where}: {part} cannot be set there: the key before it is not a section that holds keys")
 
 
 def _plain(node: Any) -> Any:
@@ -124,9 +125,8 @@ def _real_path(tree: Any, loc: Path_) -> Path_:
         if not inside:
             break
         path.append(part)
-        if isinstance(node, dict) and part in node:
-            node = node[part]
-        elif isinstance(node, list) and isinstance(part, int) and part < len(node):
+        known = part in node if isinstance(node, dict) else isinstance(part, int) and part < len(node)
+        if known:
             node = node[part]
         elif not last:
             path.pop()
@@ -145,7 +145,7 @@ def _explain(issue: Any) -> str:
         return f"{issue['input']!r} is not allowed; write {context['error']}"
     if kind == "string_pattern_mismatch":
         return f"{issue['input']!r}: use letters, digits, '.', '_' and '-' only"
-    message = issue["msg"][0].lower() + issue["msg"][1:]
+    message = (issue["msg"][0].lower() + issue["msg"][1:]).partition(", unable to parse")[0]
     return f"{issue['input']!r}: {message.replace('input should be', 'write').replace('valid ', '')}"
 
 

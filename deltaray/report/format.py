@@ -1,4 +1,4 @@
-"""Numbers as people read them: percent on a 0..1 scale, a real minus sign, three significant digits elsewhere."""
+"""Numbers as people read them: percent on a 0..1 scale, a real minus sign, three digits elsewhere."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Scale:
     @classmethod
     def of(cls, evaluations: Evaluations) -> Scale:
         """The scale of all scores of a study together, so that its tasks compare."""
-        means = [measure.mean for model in evaluations.models for measure in [*model.tasks.values(), model.mean]]
-        return cls(all(0.0 <= mean <= 1.0 for mean in means if mean is not None))
+        measures = [item for model in evaluations.models for item in [*model.tasks.values(), model.mean]]
+        return cls(all(0.0 <= item.mean <= 1.0 for item in measures if item.mean is not None))
 
     def digits(self, value: float | None) -> str:
         """A score, or the size of an error, without its unit."""
@@ -38,8 +38,10 @@ class Scale:
 
 
 def significant(value: float | None, digits: int = 3) -> str:
-    """A number without exponent where that stays short."""
-    return ABSENT if value is None else _minus(f"{value:.{digits}g}")
+    """A number in `digits` figures; large ones whole, so that none needs an exponent."""
+    if value is None or abs(value) >= 1000:
+        return count(value)
+    return _minus(f"{value:.{digits}g}")
 
 
 def count(value: float | None) -> str:

@@ -116,7 +116,7 @@ class Pairing:
 
 @dataclass(frozen=True)
 class Stage:
-    """One executed stage: seconds of wall time, `done` and `skipped` in `unit`s, tokens, peak memory in GiB."""
+    """One executed stage: seconds of wall time, `done` and `skipped` in `unit`s, peak memory in GiB."""
 
     name: str
     started: float | None

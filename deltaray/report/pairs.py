@@ -7,14 +7,19 @@ lengths, a second pass picks the texts of a seeded sample.
 from __future__ import annotations
 
 import random
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from .model import FunnelStep, Pairing
+from .model import FunnelStep, Pairing, Tokens
+
+Row = dict[str, Any]
+Floats = npt.NDArray[np.float64]
 
 BATCH = 256
 CLIP = 20_000
@@ -28,17 +33,24 @@ FIELDS = (
 )  # fmt: skip
 
 
-def read_pairing(
-    folder: Path, funnel: tuple[FunnelStep, ...], limit: int, seed: int, pairings: int, notes: list[str]
-) -> Pairing:
-    """Counts and lengths of all rows, texts of at most `limit` rows; damage is noted, never raised."""
+@dataclass(frozen=True)
+class Sample:
+    """What the page may embed of one pairing: at most `limit` rows with `characters` in all."""
+
+    limit: int
+    characters: int
+    seed: int = 0
+
+
+def read_pairing(folder: Path, funnel: tuple[FunnelStep, ...], sample: Sample, notes: list[str]) -> Pairing:
+    """Counts and lengths of all rows, texts of a sample; damage is noted, never raised."""
     name = folder.name.removeprefix("pairing=")
     files = [path for path in sorted(folder.glob("*.parquet")) if _readable(path, notes)]
     rows = sum(pq.ParquetFile(path).metadata.num_rows for path in files)
     short = _short_columns(files)
     chosen_scores, rejected_scores = _floats(short, "chosen_score"), _floats(short, "rejected_score")
     binary = _binary(np.concatenate([chosen_scores, rejected_scores]))
-    wanted = random.Random(f"{seed}-{name}").sample(range(rows), min(limit, rows))
+    wanted = random.Random(f"{sample.seed}-{name}").sample(range(rows), min(sample.limit, rows))
     return Pairing(
         name=name,
         rows=rows,
@@ -49,7 +61,7 @@ def read_pairing(
         chosen_right=_share_right(chosen_scores) if binary else None,
         rejected_right=_share_right(rejected_scores) if binary else None,
         teachers=_teachers(short),
-        pairs=_within_budget(_pick(files, wanted), wanted, BUDGET // max(pairings, 1)),
+        pairs=_within_budget(_pick(files, wanted), wanted, sample.characters),
     )
 
 
@@ -65,7 +77,7 @@ def _readable(path: Path, notes: list[str]) -> bool:
 
 def _short_columns(files: list[Path]) -> dict[str, pa.ChunkedArray]:
     """The columns without long texts, joined over the shards; absent ones are absent."""
-    wanted = ("chosen_score", "rejected_score", "chosen_tokens", "rejected_tokens", "chosen_model", "rejected_model")
+    wanted = [f"{side}_{what}" for side in ("chosen", "rejected") for what in ("score", "tokens", "model")]
     found: dict[str, list[pa.Array]] = {}
     for path in files:
         file = pq.ParquetFile(path)
@@ -75,27 +87,27 @@ def _short_columns(files: list[Path]) -> dict[str, pa.ChunkedArray]:
     return {name: pa.chunked_array(chunks) for name, chunks in found.items() if chunks}
 
 
-def _floats(columns: dict[str, pa.ChunkedArray], name: str) -> np.ndarray[Any, np.dtype[np.float64]]:
+def _floats(columns: dict[str, pa.ChunkedArray], name: str) -> Floats:
     """A score column; null is NaN."""
     if name not in columns:
         return np.zeros(0)
-    return columns[name].cast(pa.float64()).to_numpy().astype(np.float64)
+    return np.asarray(columns[name].cast(pa.float64()).to_numpy(), np.float64)
 
 
-def _lengths(columns: dict[str, pa.ChunkedArray], name: str) -> np.ndarray[Any, np.dtype[np.int64]]:
+def _lengths(columns: dict[str, pa.ChunkedArray], name: str) -> Tokens:
     """A token count column without its nulls."""
     if name not in columns:
         return np.zeros(0, np.int64)
-    return columns[name].drop_null().cast(pa.int64()).to_numpy()
+    return np.asarray(columns[name].drop_null().cast(pa.int64()).to_numpy(), np.int64)
 
 
-def _binary(scores: np.ndarray[Any, np.dtype[np.float64]]) -> bool:
+def _binary(scores: Floats) -> bool:
     """Whether the scores say right or wrong: some are there and each is 0 or 1."""
     known = scores[~np.isnan(scores)]
     return bool(known.size) and bool(np.isin(known, (0.0, 1.0)).all())
 
 
-def _share_right(scores: np.ndarray[Any, np.dtype[np.float64]]) -> float | None:
+def _share_right(scores: Floats) -> float | None:
     known = scores[~np.isnan(scores)]
     return float(known.mean()) if known.size else None
 
@@ -109,10 +121,10 @@ def _teachers(columns: dict[str, pa.ChunkedArray]) -> tuple[str, ...]:
     return tuple(sorted(names))
 
 
-def _pick(files: list[Path], wanted: list[int]) -> dict[int, dict[str, Any]]:
+def _pick(files: list[Path], wanted: list[int]) -> dict[int, Row]:
     """The rows at the global positions `wanted`, by position, read batch by batch."""
     positions = np.sort(np.array(wanted, np.int64))
-    picked: dict[int, dict[str, Any]] = {}
+    picked: dict[int, Row] = {}
     first = 0
     for path in files:
         file = pq.ParquetFile(path)
@@ -125,22 +137,22 @@ def _pick(files: list[Path], wanted: list[int]) -> dict[int, dict[str, Any]]:
     return picked
 
 
-def _clip(row: dict[str, Any]) -> dict[str, Any]:
-    """A row whose messages are cut at CLIP characters; `cut` says how many were left out."""
+def _clip(row: Row) -> Row:
+    """A row whose messages are cut at CLIP characters; `cut` counts the rest. Null and NaN go."""
     for side in ("prompt", "chosen", "rejected"):
         row[side] = [_clip_message(message) for message in row.get(side) or []]
-    return {key: value for key, value in row.items() if value is not None}
+    return {key: value for key, value in row.items() if value is not None and value == value}
 
 
-def _clip_message(message: dict[str, Any]) -> dict[str, Any]:
+def _clip_message(message: Row) -> Row:
     content = str(message.get("content") or "")
-    clipped: dict[str, Any] = {"role": str(message.get("role") or "unknown"), "content": content[:CLIP]}
+    clipped: Row = {"role": str(message.get("role") or "unknown"), "content": content[:CLIP]}
     if len(content) > CLIP:
         clipped["cut"] = len(content) - CLIP
     return clipped
 
 
-def _within_budget(picked: dict[int, dict[str, Any]], wanted: list[int], budget: int) -> tuple[dict[str, Any], ...]:
+def _within_budget(picked: dict[int, Row], wanted: list[int], budget: int) -> tuple[Row, ...]:
     """Rows in the random order of `wanted` until the characters run out, then in shard order.
 
     At least one row stays, so that a pairing never looks empty by mistake.

@@ -15,10 +15,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
+import yaml  # type: ignore[import-untyped]
 
 from .model import Comparison, Evaluations, FunnelStep, Measure, Model, Run, Stage, Study
-from .pairs import read_pairing
+from .pairs import BUDGET, Sample, read_pairing
 
 Value = TypeVar("Value")
 
@@ -31,13 +31,14 @@ def read_study(out: Path, limit: int, seed: int = 0) -> Study:
     recipe = _attempt(out / "recipe.yaml", lambda path: path.read_text(encoding="utf-8"), None, notes)
     runs = tuple(_runs(out / "training", notes))
     folders = [path for path in sorted((out / "pairs").glob("pairing=*")) if path.is_dir()]
+    sample = Sample(limit, BUDGET // max(len(folders), 1), seed)
     pairings = tuple(
-        read_pairing(folder, _attempt(folder / "funnel.json", _funnel, (), notes), limit, seed, len(folders), notes)
+        read_pairing(folder, _attempt(folder / "funnel.json", _funnel, (), notes), sample, notes)
         for folder in folders
     )
     teachers = {teacher for pairing in pairings for teacher in pairing.teachers}
     evaluations = _evaluations(out / "evaluation", teachers, notes)
-    stages = _attempt(out / ".deltaray" / "stages.jsonl", _stages, (), notes)
+    stages: tuple[Stage, ...] = _attempt(out / ".deltaray" / "stages.jsonl", _stages, (), notes)
     name = _study_name(recipe) or out.resolve().name
     return Study(out, name, recipe, evaluations, runs, pairings, stages, tuple(notes))
 
@@ -93,7 +94,8 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
 
 def _funnel(path: Path) -> tuple[FunnelStep, ...]:
     return tuple(
-        FunnelStep(str(step["stage"]), int(step["in"]), int(step["out"]), int(step["removed"])) for step in _json(path)
+        FunnelStep(str(row["stage"]), int(row["in"]), int(row["out"]), int(row["removed"]))
+        for row in _json(path)
     )
 
 
@@ -121,13 +123,12 @@ def _run(path: Path) -> Run | None:
     return Run(path.parent.name, group, seed, columns)
 
 
-def _measure(value: object, n: object = None) -> Measure:
+def _measure(value: object) -> Measure:
     """A score written as an object of the summary, or as a bare number."""
     if not isinstance(value, dict):
         return Measure(number(value))
     values = tuple(found for item in value.get("values") or () if (found := number(item)) is not None)
-    count = number(value.get("n", n))
-    return Measure(number(value.get("mean")), number(value.get("stderr")), values, None if count is None else int(count))
+    return Measure(number(value.get("mean")), number(value.get("stderr")), values, _count(value.get("n")))
 
 
 def _evaluations(folder: Path, teachers: set[str], notes: list[str]) -> Evaluations:
@@ -137,7 +138,8 @@ def _evaluations(folder: Path, teachers: set[str], notes: list[str]) -> Evaluati
         for path in sorted(folder.glob("*.json"))
         if path.stem != "summary" and (result := _attempt(path, _result, None, notes)) is not None
     }
-    metrics = {task: str(row["metric"]) for tasks in files.values() for task, row in tasks.items() if "metric" in row}
+    rows = [(task, row) for tasks in files.values() for task, row in tasks.items()]
+    metrics = {task: str(row["metric"]) for task, row in rows if "metric" in row}
     summary = _attempt(folder / "summary.json", lambda path: _summary(path, metrics), None, notes)
     return summary or _collected(files, teachers, metrics)
 
@@ -204,9 +206,9 @@ def _over_seeds(rows: list[dict[str, Any]]) -> Measure:
     values = tuple(value for row in rows if (value := number(row.get("value"))) is not None)
     if not values:
         return Measure()
-    stderr = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else number(rows[0].get("stderr"))
-    count = number(rows[0].get("n"))
-    return Measure(statistics.fmean(values), stderr, values, None if count is None else int(count))
+    spread = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+    stderr = number(rows[0].get("stderr")) if spread is None else spread
+    return Measure(statistics.fmean(values), stderr, values, _count(rows[0].get("n")))
 
 
 def _stages(path: Path) -> tuple[Stage, ...]:

@@ -1,6 +1,6 @@
 """What the numbers say, in words.
 
-"Better" is used for one thing only: a checked claim that holds and whose interval stays above zero. Everything
+"Better" is used for one thing only: a checked claim that holds and whose interval stays above zero. All
 else is reported as measured, with its uncertainty, and no ranking is read into it.
 """
 
@@ -28,6 +28,7 @@ LABELS = {
     "reverse": "Reverse measured",
     "unknown": "Not checked",
 }
+OPENINGS = {"open": "Not shown", "reverse": "Measured the other way round", "unknown": "Not checked"}
 
 
 def verdict(comparison: Comparison) -> str:
@@ -56,15 +57,9 @@ def summarize(study: Study) -> str:
         sentences.append(_seeds(evaluations))
     if not sentences and study.runs:
         groups = tuple(dict.fromkeys(run.group for run in study.runs))
-        sentences.append(f"{plural(len(study.runs), 'training run')} ({listed(groups)}) logged, nothing evaluated yet.")
+        runs = plural(len(study.runs), "training run")
+        sentences.append(f"{runs} ({listed(groups)}) logged, nothing evaluated yet.")
     return " ".join(sentences) or "Nothing has been produced in this folder yet."
-
-
-def where(task: str, evaluations: Evaluations) -> str:
-    """A task as a phrase: the mean of several tasks, or the task itself."""
-    if task != "mean":
-        return f"on {task}"
-    return f"on the mean of {len(evaluations.tasks)} tasks" if len(evaluations.tasks) > 1 else "on average"
 
 
 def _interval(item: Comparison, scale: Scale) -> str:
@@ -109,37 +104,46 @@ def _measured(model: Model, scale: Scale) -> str:
     return scale.score(model.mean.mean) + error
 
 
+def _apart(model: Model) -> str:
+    """The untouched student's name, when it says more than "student"."""
+    return "" if model.name == "student" else f" {model.name}"
+
+
 def _scores(evaluations: Evaluations) -> list[str]:
     """The untouched student and the span of the trained ones."""
-    scale, place = Scale.of(evaluations), where("mean", evaluations).removeprefix("on ")
-    untouched = [model for model in evaluations.with_role("untouched") if model.mean.mean is not None]
-    trained = sorted(
-        (model for model in evaluations.with_role("student") if model.mean.mean is not None),
-        key=lambda model: -(model.mean.mean or 0.0),
-    )
-    parts = [f"the untouched student ({model.name}) scores {_measured(model, scale)}" for model in untouched]
+    scale = Scale.of(evaluations)
+    untouched = _known(evaluations, "untouched")
+    trained = sorted(_known(evaluations, "student"), key=lambda model: -(model.mean.mean or 0.0))
+    parts = [f"the untouched student{_apart(model)} scores {_measured(model, scale)}" for model in untouched]
     if len(trained) == 1:
         parts.append(f"the trained student {trained[0].name} scores {_measured(trained[0], scale)}")
     elif trained:
-        top, last = trained[0], trained[-1]
-        span = f"from {_measured(top, scale)} ({top.name}) to {_measured(last, scale)} ({last.name})"
-        parts.append(f"the {len(trained)} trained students measure {span}")
-    return [f"Taking {place}, {', and '.join(parts)}." if place != "average" else f"On average, {', and '.join(parts)}."] if parts else []
+        top, last = (f"{_measured(model, scale)} ({model.name})" for model in (trained[0], trained[-1]))
+        parts.append(f"the {len(trained)} trained students measure from {top} to {last}")
+    tasks = len(evaluations.tasks)
+    opening = f"On the mean of {tasks} tasks" if tasks > 1 else f"On {listed(evaluations.tasks)}"
+    return [f"{opening}, {', and '.join(parts)}."] if parts else []
+
+
+def _known(evaluations: Evaluations, role: str) -> list[Model]:
+    """The models of a role that have a mean."""
+    return [model for model in evaluations.with_role(role) if model.mean.mean is not None]
 
 
 def _claims(evaluations: Evaluations) -> list[str]:
-    """How many claims hold, and each of them in brief."""
+    """How many claims hold, and each claim in brief."""
     checked = claims(evaluations)
     if not checked:
         return []
     scale = Scale.of(evaluations)
     holding = [claim.comparison for claim in checked if claim.verdict == "holds"]
-    sentences = [f"Of {plural(len(checked), 'checked claim')}, {len(holding) or 'none'} hold{'s' * (len(holding) == 1)}."]
+    verb = "holds" if len(holding) == 1 else "hold"
+    sentences = [f"Of {plural(len(checked), 'checked claim')}, {len(holding) or 'none'} {verb}."]
     if holding:
-        brief = tuple(f"{_named(item)} ({scale.signed(item.difference or 0.0)} points)" for item in holding)
+        brief = [f"{_named(item)} ({scale.signed(item.difference or 0.0)} points)" for item in holding]
         sentences.append(f"Measured as better: {listed(brief)}.")
-    for kind, opening in (("open", "Not shown"), ("reverse", "Measured the other way round"), ("unknown", "Not checked")):
-        names = tuple(_named(claim.comparison) for claim in checked if claim.verdict == kind)
+    for kind, opening in OPENINGS.items():
+        names = [_named(claim.comparison) for claim in checked if claim.verdict == kind]
         if names:
             sentences.append(f"{opening}: {listed(names)}.")
     return sentences
@@ -151,11 +155,13 @@ def _named(item: Comparison) -> str:
 
 
 def _teachers(evaluations: Evaluations) -> list[str]:
+    """What the teachers score; no claim is made about them here."""
     scale = Scale.of(evaluations)
-    known = [model for model in evaluations.with_role("teacher") if model.mean.mean is not None]
-    scores = tuple(f"{_measured(model, scale)} ({model.name})" for model in known)
-    return [f"The teacher{'s' * (len(known) > 1)} themselves score {listed(scores)}." if len(known) > 1
-            else f"The teacher itself scores {scores[0]}."] if known else []
+    scores = [f"{_measured(model, scale)} ({model.name})" for model in _known(evaluations, "teacher")]
+    if not scores:
+        return []
+    subject = "The teachers themselves score" if len(scores) > 1 else "The teacher itself scores"
+    return [f"{subject} {listed(scores)}."]
 
 
 def _seeds(evaluations: Evaluations) -> str:

@@ -1,0 +1,47 @@
+# Two commands: `make demo` and `make test`. Both set up .venv first, for the GPU or the CPU as the machine has it,
+# and start at once when that is done already.
+PYTHON ?= python3
+EXTRA := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU && echo gpu || echo cpu)
+BIN := .venv/bin
+
+# The CPU build of torch is not on the ordinary index: a folder of wheels may hold it (PIP_FIND_LINKS), else uv asks
+# PyTorch's own index.
+LOCAL_TORCH := $(wildcard $(PIP_FIND_LINKS)/torch-*cpu*.whl)
+UV_FLAGS := $(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS)) \
+	$(if $(filter cpu,$(EXTRA)),$(if $(LOCAL_TORCH),,--torch-backend cpu))
+
+.PHONY: demo test lint browser clean
+
+demo: .venv/ready-$(EXTRA)
+	$(BIN)/deltaray demo $(ARGS)
+
+test: .venv/ready-$(EXTRA)-dev lint browser
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: .venv/ready-$(EXTRA)-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# The report is looked at in a real browser; where none can be had that one test is skipped and says so.
+browser:
+	@command -v chromium chromium-browser google-chrome >/dev/null 2>&1 \
+	|| { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && apt-get install -y -qq chromium >/dev/null; } \
+	|| echo "no Chromium found: the browser test of the report will be skipped"
+
+.venv/ready-%-dev: pyproject.toml .venv/bin/uv
+	$(BIN)/uv pip install --python $(BIN)/python $(UV_FLAGS) -e '.[$*,dev]'
+	@touch .venv/ready-$* $@
+
+.venv/ready-%: pyproject.toml .venv/bin/uv
+	$(BIN)/uv pip install --python $(BIN)/python $(UV_FLAGS) -e '.[$*]'
+	@touch $@
+
+.venv/bin/uv:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "deltaray needs Python 3.11 or newer; set PYTHON=python3.11"; exit 1; }
+	@command -v c++ >/dev/null || { echo "DeepSpeed compiles a helper on first use: install a C++ compiler (g++ or clang)"; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet uv==0.13.8
+
+clean:
+	rm -rf .venv runs

@@ -1,0 +1,1 @@
+"""deltaray: delta learning at cluster scale on Ray, vLLM and DeepSpeed."""

@@ -1,0 +1,5 @@
+"""`python -m deltaray`."""
+
+from deltaray.cli import main
+
+main()

@@ -1,0 +1,163 @@
+"""The command line: a thin layer over `Pipeline`, with the exit codes that scripts rely on."""
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.table import Table
+
+from deltaray.errors import StageError, UserError
+from deltaray.runtime.terminal import Terminal
+
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Delta learning on Ray."
+)
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="The study's YAML file.")]
+Overrides = Annotated[
+    list[str], typer.Option("--set", metavar="KEY.PATH=VALUE", help="Overrides a key of the recipe; repeatable.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable output on stdout.")]
+Out = Annotated[Path, typer.Argument(metavar="OUT", help="A study's output folder.")]
+
+INTERRUPTED = 130
+
+
+def main() -> NoReturn:
+    """Entry point: runs a command and turns failures into one message and an exit code."""
+    _quiet_libraries()
+    signal.signal(signal.SIGTERM, _interrupt)
+    terminal = Terminal()
+    try:
+        code = app(standalone_mode=False, obj=terminal) or 0
+    except (UserError, StageError) as error:
+        terminal.say(f"error: {error}")
+        code = error.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        terminal.say("interrupted; what is committed is safe: run the same command again to resume")
+        code = INTERRUPTED
+    except typer.TyperException as error:
+        terminal.say(f"error: {error.format_message()}")
+        code = 2
+    sys.exit(code)
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _quiet_libraries() -> None:
+    """Asks the libraries that we import for silence; what they still say while a stage runs goes to its log."""
+    for name, value in {
+        "TRANSFORMERS_VERBOSITY": "error",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+    }.items():
+        os.environ.setdefault(name, value)
+
+
+def _pipeline(context: typer.Context, recipe: Path, overrides: list[str]) -> Any:
+    from deltaray.pipeline import Pipeline
+    from deltaray.recipe import load_recipe
+
+    return Pipeline(load_recipe(recipe, overrides), context.obj)
+
+
+@app.command()
+def demo(
+    context: typer.Context,
+    seeds: Annotated[int, typer.Option(min=1, help="How many seeds: each makes its own family of models.")] = 1,
+    overrides: Overrides = [],  # noqa: B006
+) -> None:
+    """The miniature study end to end: models, pairs, students, evaluation, report."""
+    from deltaray.recipe import shipped_recipe
+
+    several = [f"seeds={list(range(seeds))}", f"out=runs/miniature-{seeds}-seeds"] if seeds > 1 else []
+    run(context, shipped_recipe("miniature"), [*several, *overrides])
+
+
+@app.command()
+def run(context: typer.Context, recipe: RecipePath, overrides: Overrides = []) -> None:  # noqa: B006
+    """All stages that the recipe names, in order."""
+    pipeline = _pipeline(context, recipe, overrides)
+    pipeline.run()
+    _conclude(context.obj, pipeline)
+
+
+def _conclude(terminal: Terminal, pipeline: Any) -> None:
+    """The result table and where the report is."""
+    from deltaray.evaluate.table import claims_text, result_table
+
+    if pipeline.store.exists("evaluation/summary.json"):
+        summary = pipeline.store.read_json("evaluation/summary.json")
+        terminal.out.print(result_table(summary))
+        for line in claims_text(summary):
+            terminal.result(line)
+    if pipeline.store.exists("report.html"):
+        terminal.result(f"report: {pipeline.store.out}/report.html")
+
+
+def _stage_command(stage: str, help_text: str) -> None:
+    def command(context: typer.Context, recipe: RecipePath, overrides: Overrides = []) -> None:  # noqa: B006
+        _pipeline(context, recipe, overrides).run([stage])
+
+    app.command(stage, help=help_text)(command)
+
+
+_stage_command("generate", "Teacher responses.")
+_stage_command("pair", "Pair shards and the funnel.")
+_stage_command("train", "Reference log-probs and the students.")
+_stage_command("evaluate", "Benchmarks of the students and the teachers.")
+
+
+@app.command()
+def plan(
+    context: typer.Context,
+    recipe: RecipePath,
+    overrides: Overrides = [],  # noqa: B006
+    as_json: AsJson = False,
+) -> None:
+    """What each stage will run, where, on how much. Starts and writes nothing."""
+    from deltaray.plan import plan_json
+
+    pipeline = _pipeline(context, recipe, overrides)
+    items, capacity = pipeline.plan()
+    if as_json:
+        return context.obj.result_json(plan_json(pipeline.study, pipeline.store, items, capacity))
+    table = Table(title=f"{pipeline.recipe.name} -> {pipeline.store.out}", title_justify="left")
+    for column in ("stage", "what", "done", "of", "unit", "where"):
+        table.add_column(column, justify="right" if column in ("done", "of") else "left")
+    for item in items:
+        total = "?" if item.total is None else f"{item.total:,}"
+        table.add_row(item.stage, item.name, f"{item.done:,}", total, item.unit, item.where)
+    context.obj.out.print(table)
+    if pipeline.recipe.miniature and any(item.total is None for item in items[:1]):
+        context.obj.result("the miniature family is made first (once, then cached)")
+    context.obj.result(f"cluster: {capacity.cpus:g} CPUs, {capacity.gpus:g} GPUs")
+
+
+@app.command()
+def status(context: typer.Context, out: Out, as_json: AsJson = False) -> None:
+    """How far a study is, with throughput and time left."""
+    from deltaray.status import study_status
+
+    study_status(out, context.obj, as_json)
+
+
+@app.command()
+def report(context: typer.Context, out: Out) -> None:
+    """Writes the HTML report of a study from what its folder holds."""
+    from deltaray.report.build import build_report
+
+    if not (out / "recipe.yaml").is_file():
+        raise UserError(f"{out}: is no output folder of deltaray (there is no recipe.yaml in it)")
+    context.obj.result(str(build_report(out)))
+
+
+if __name__ == "__main__":
+    main()

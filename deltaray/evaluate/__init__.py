@@ -1,0 +1,1 @@
+"""Evaluation: students and teachers answer held-out prompts through vLLM; results carry their standard errors."""

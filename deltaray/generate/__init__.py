@@ -1,0 +1,1 @@
+"""Generation: prompts stream through vLLM pools into Parquet, one unit of work at a time, each exactly once."""

@@ -1,0 +1,126 @@
+"""Units of work through Ray Data: load -> a pool of engines -> write, each unit as soon as it is done.
+
+A row of the Dataset is one unit, pickled into one binary column. So Ray can never split what is written together,
+a lost worker costs its units in flight and nothing else, and no value passes through Arrow's type guessing (an
+error column that is null throughout one block, token lists that happen to be equally long, …).
+"""
+
+import math
+import pickle
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from deltaray.generate.engine import Engine, EngineSpec
+
+Unit = dict[str, Any]
+Packed = dict[str, bytes]
+
+TASK_CPUS = 0.25  # what a load or write task reserves in Ray
+ENGINE_RETRIES = 3  # how often a unit is repeated after its engine died; then the stream fails, not for ever
+RUNNING_REQUESTS = 256  # vLLM's default max_num_seqs where engine_kwargs names none (1024 on large GPUs)
+MOST_IN_FLIGHT = 16  # units in one engine at once: each is a thread of the actor and a unit in its memory
+
+
+def stream_units(
+    units: list[Unit], spec: EngineSpec, load: Callable[[Unit], Unit], write: Callable[[Unit], Unit]
+) -> Iterator[Unit]:
+    """Runs units through load -> engine pool -> write; yields write's small summary of each finished unit.
+
+    A unit has unit_id, model (the weights to use), prompt_ids, samples and sampling (JSON); `load` adds token_ids
+    (one list per prompt), the engines add outputs (`Engine.generate`), and `write` must write the unit under a
+    name of its own by rename: a unit may be run twice (a lost worker), and must then replace itself. Both are
+    called in small tasks on any node. Summaries come in the order of completion.
+
+    Ending or closing the iterator ends the pool. Raises what load, write or the engine raised (as Ray wraps it).
+    Streams may run at the same time in several threads; the cluster's CPUs must then exceed the sum of
+    max_replicas * cpus over them by at least `TASK_CPUS`, or they wait for each other for ever.
+    """
+    if not units:
+        return
+    dataset = _dataset(sorted(units, key=lambda unit: unit["model"]), spec, load, write)  # few swaps of weights
+    batches = iter(dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0))
+    try:
+        for batch in batches:
+            yield from (pickle.loads(packed) for packed in batch["unit"].to_pylist())
+    finally:
+        batches.close()  # shuts the executor down now, not when it is garbage-collected
+
+
+def _dataset(units: list[Unit], spec: EngineSpec, load: Callable, write: Callable) -> Any:
+    """The lazy plan: one block, and so one task, per unit in each of the three operators."""
+    import ray
+
+    dataset = ray.data.from_items([_pack(unit) for unit in units], override_num_blocks=len(units))
+    _configure(dataset.context)
+    replicas = min(spec.max_replicas, len(units))
+    # One loading and one writing task per engine keep up with it, and keep small machines small.
+    tasks = {"num_cpus": TASK_CPUS, "concurrency": replicas}
+    dataset = dataset.map(_task("load", load), **tasks)
+    in_flight = _in_flight(units, spec, replicas)
+    pool = ray.data.ActorPoolStrategy(
+        min_size=min(spec.min_replicas, replicas), max_size=replicas, max_tasks_in_flight_per_actor=in_flight
+    )
+    dataset = dataset.map(
+        _PoolWorker, fn_constructor_args=(spec,), compute=pool, max_concurrency=in_flight, **_resources(spec)
+    )
+    return dataset.map(_task("write", write), **tasks)
+
+
+def _configure(context: Any) -> None:
+    """Ray Data's settings of this one stream (the context is the Dataset's own copy)."""
+    context.execution_options.preserve_order = False
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.max_errored_blocks = 0  # a failed unit fails the stream; what was written stays
+    # The default fails a stream that waits half an hour for GPUs: here a cluster may grow, or another teacher's
+    # pool may have to finish first.
+    context.execution_no_progress_timeout_s = -1
+
+
+def _resources(spec: EngineSpec) -> dict[str, Any]:
+    """Ray's options of an engine's actor."""
+    return {
+        "num_cpus": spec.cpus,
+        "num_gpus": 0 if spec.spans_nodes else spec.gpus,
+        "max_task_retries": ENGINE_RETRIES,
+        "runtime_env": {"env_vars": spec.environment},
+    }
+
+
+def _in_flight(units: list[Unit], spec: EngineSpec, replicas: int) -> int:
+    """Units that one engine has at once: enough requests that its batch stays full while units end and begin,
+
+    but never more than its share of the units, or the first engine up would take them all.
+    """
+    requests = sum(len(unit["prompt_ids"]) * unit["samples"] for unit in units) / len(units)
+    wanted = math.ceil(2 * spec.engine_kwargs.get("max_num_seqs", RUNNING_REQUESTS) / max(requests, 1))
+    return min(max(wanted, 2), MOST_IN_FLIGHT, math.ceil(len(units) / replicas))
+
+
+def _pack(unit: Unit) -> Packed:
+    return {"unit": pickle.dumps(unit)}
+
+
+def _task(name: str, function: Callable[[Unit], Unit]) -> Callable[[Packed], Packed]:
+    """The caller's function around one packed row; Ray Data names the operator by it."""
+
+    def task(row: Packed) -> Packed:
+        return _pack(function(pickle.loads(row["unit"])))
+
+    task.__name__ = name
+    return task
+
+
+class _PoolWorker:
+    """The actor of the pool: one engine, several units in flight (Ray Data runs the coroutines side by side)."""
+
+    def __init__(self, spec: EngineSpec) -> None:
+        self.engine = Engine(spec)
+
+    async def __call__(self, row: Packed) -> Packed:
+        unit = pickle.loads(row["unit"])
+        return _pack(unit | {"outputs": await self.engine.generate(unit)})
+
+    def __del__(self) -> None:
+        if hasattr(self, "engine"):  # not when the engine never started
+            self.engine.close()

@@ -1,0 +1,222 @@
+"""The stages in order: each finds what is done already, does only the rest, and says what it did.
+
+This is the Python API behind the command line: `Pipeline(recipe, terminal).run(["generate", "pair"])`.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+from deltaray.errors import StageError, UserError
+from deltaray.plan import Item, make_plan
+from deltaray.prompts import PromptRow, store_prompts
+from deltaray.recipe import Recipe, Study, dump_recipe, expand
+from deltaray.runtime.memory import PeakMemory
+from deltaray.runtime.preflight import check_inputs, definitions
+from deltaray.runtime.session import Capacity, declared_capacity, joins_cluster, refuse_impossible, start_ray, stop_ray
+from deltaray.runtime.terminal import StageProgress, Terminal
+from deltaray.store import Store
+
+STAGES = ("miniature", "generate", "pair", "train", "evaluate", "report")
+
+
+class Pipeline:
+    """One study on one cluster. Ray is started when the first stage has something to do."""
+
+    def __init__(self, recipe: Recipe, terminal: Terminal) -> None:
+        self.recipe, self.terminal = recipe, terminal
+        self.study: Study = expand(recipe)
+        self.store = Store(recipe.out)
+        self.capacity: Capacity | None = None
+        self.worked = False
+
+    # --- before anything runs ---------------------------------------------------------------------------------
+    def plan(self) -> tuple[list[Item], Capacity]:
+        """What would run. Checks everything that can be checked; starts and writes nothing."""
+        capacity = self._declared()
+        prompts = None if self._family_missing() else len(self._check())
+        return make_plan(self.study, self.store, prompts, capacity), capacity
+
+    def _declared(self) -> Capacity:
+        capacity = declared_capacity(self.recipe.cluster)
+        if not joins_cluster(self.recipe.cluster):
+            refuse_impossible(self.study, capacity)
+        return capacity
+
+    def _check(self) -> list[PromptRow]:
+        prompts = check_inputs(self.study)
+        self.store.claim(definitions(self.study), write=False)
+        return prompts
+
+    def _family_missing(self) -> bool:
+        from deltaray.miniature.make import is_made
+
+        miniature = self.recipe.miniature
+        return miniature is not None and not all(is_made(Path(miniature.directory), seed) for seed in self.recipe.seeds)
+
+    # --- running ----------------------------------------------------------------------------------------------
+    def run(self, stages: list[str] | None = None) -> None:
+        """Runs the given stages (default: all that the recipe has sections for), in order.
+
+        Raises:
+            UserError: the recipe or its inputs cannot work; nothing was written.
+            StageError: a stage failed while running.
+        """
+        self._declared()
+        wanted = stages or self._named_stages()
+        log = self._log_file()
+        try:
+            if self.recipe.miniature and self._family_missing():
+                with self.terminal.chatter_to(Path(self.recipe.miniature.directory) / "make.log"):
+                    self._make_family()
+            prompts = self._check()
+            if joins_cluster(self.recipe.cluster):
+                self._ray()
+            self._write_recipe(prompts)
+            with self.terminal.chatter_to(log):
+                for stage in wanted:
+                    self._run_stage(stage, log)
+        finally:
+            stop_ray()
+
+    def _named_stages(self) -> list[str]:
+        sections = {"pair": self.recipe.pairings, "train": self.recipe.training, "evaluate": self.recipe.evaluation}
+        return [stage for stage in STAGES[1:] if stage not in sections or sections[stage]]
+
+    def _log_file(self) -> Path:
+        folder = self.store.local / ".deltaray" / "logs" if self.store.local else Path("deltaray-logs")
+        return folder / f"{datetime.now(UTC):%Y%m%dT%H%M%S}.log"
+
+    def _write_recipe(self, prompts: list[PromptRow]) -> None:
+        self.store.claim(definitions(self.study))
+        resolved = dump_recipe(self.recipe).encode()
+        self.store.write_bytes("recipe.yaml", resolved)
+        store_prompts(self.store, prompts, self.recipe.shard_size)
+
+    def _ray(self) -> Capacity:
+        if self.capacity is None:
+            self.capacity = start_ray(self.recipe.cluster)
+            refuse_impossible(self.study, self.capacity)
+        return self.capacity
+
+    def _run_stage(self, stage: str, log: Path) -> None:
+        try:
+            getattr(self, f"_{stage}")()
+        except (UserError, StageError, KeyboardInterrupt):
+            raise
+        except Exception as error:
+            import traceback
+
+            traceback.print_exc()  # descriptor 2 is the log here
+            raise StageError(_failure(stage, error, log)) from error
+
+    @contextmanager
+    def _stage(self, stage: str, unit: str, left: int) -> Iterator[StageProgress]:
+        """Progress, timing and peak memory of a stage that has something to do."""
+        self._ray()
+        self.worked = True
+        began, started = time.monotonic(), datetime.now(UTC)
+        with PeakMemory() as memory, self.terminal.progress(stage, unit) as progress:
+            yield progress
+        record = {
+            "stage": stage,
+            "started": started.isoformat(timespec="seconds"),
+            "seconds": round(time.monotonic() - began, 1),
+            "done": left,
+            "unit": unit,
+            "tokens": progress.tokens,
+            "peak_gib": round(memory.gib, 2),
+        }
+        self.store.append_line(".deltaray/stages.jsonl", record)
+        self.terminal.say(f"{stage}: {left:,} {unit} in {record['seconds']:,} s, peak {memory.gib:.1f} GiB")
+
+    def _nothing(self, stage: str, what: str) -> None:
+        self.terminal.say(f"{stage}: nothing to do ({what})")
+
+    # --- the stages -------------------------------------------------------------------------------------------
+    def _make_family(self) -> None:
+        from deltaray.miniature.make import make_family
+
+        assert self.recipe.miniature is not None
+        start_ray(self.recipe.cluster)
+        directory = Path(self.recipe.miniature.directory)
+        with self.terminal.progress("miniature", "steps") as progress:
+            for seed in self.recipe.seeds:
+                make_family(directory, seed, lambda name, step, total: progress.update(name, step, total))
+
+    def _generate(self) -> None:
+        from deltaray.generate.stage import generate, teacher_units
+
+        names = self.study.paired_teachers()
+        units = [unit for name in names for unit in teacher_units(self.study, self.store, name)]
+        left = sum(len(unit["prompt_ids"]) * unit["samples"] for unit in units)
+        if not left:
+            rows = sum(self.store.count_rows(Store.responses(name)) for name in names)
+            return self._nothing("generate", f"{rows:,} responses are stored")
+        with self._stage("generate", "responses", left) as progress:
+            generate(self.study, self.store, self._ray(), progress.update)
+
+    def _pair(self) -> None:
+        from deltaray.pair.stage import is_paired, pair
+        from deltaray.score.stage import missing_scores, score
+
+        self._demand_responses()
+        todo = [name for name in self.study.pairings if not is_paired(self.study, self.store, name)]
+        if not todo and not missing_scores(self.study, self.store):
+            return self._nothing("pair", f"{len(self.study.pairings)} pairings are up to date")
+        with self._stage("pair", "pairings", len(todo)) as progress:
+            score(self.study, self.store)
+            for name, pairs in pair(self.study, self.store).items():
+                progress.update(name, 1, 1, note=f"{pairs:,} pairs")
+
+    def _demand_responses(self) -> None:
+        for name in self.study.paired_teachers():
+            if not self.store.committed(Store.responses(name)):
+                raise UserError(f"{self.store.out}: teacher {name} has no responses yet; run `deltaray generate` first")
+
+    def _train(self) -> None:
+        from deltaray.reference.stage import missing_references, reference
+        from deltaray.train.stage import train
+
+        runs = [run for run in self.study.runs.values() if not self.store.exists(Store.student(run.name))]
+        if not runs:
+            return self._nothing("train", f"{len(self.study.runs)} students are trained")
+        for run in runs:
+            if not self.store.committed(Store.pairs(run.pairing)):
+                raise UserError(f"{self.store.out}: pairing {run.pairing} has no pairs yet; run `deltaray pair` first")
+        wanted = missing_references(self.study, self.store, runs)
+        if wanted:
+            with self._stage("reference", "responses", sum(unit["rows"] for unit in wanted)) as progress:
+                reference(self.study, self.store, wanted, self._ray(), progress.update)
+        with self._stage("train", "students", len(runs)) as progress:
+            train(self.study, self.store, runs, self._ray(), progress.update)
+
+    def _evaluate(self) -> None:
+        from deltaray.evaluate.stage import evaluate, evaluation_units, store_task_prompts
+
+        store_task_prompts(self.study, self.store)
+        units = [unit for group in evaluation_units(self.study, self.store).values() for unit in group]
+        left = sum(len(unit["prompt_ids"]) * unit["samples"] for unit in units)
+        if not left and self.store.exists("evaluation/summary.json"):
+            return self._nothing("evaluate", f"{len(self.study.evaluated)} models are evaluated")
+        with self._stage("evaluate", "answers", left) as progress:
+            evaluate(self.study, self.store, self._ray(), progress.update)
+
+    def _report(self) -> None:
+        from deltaray.report.build import build_report
+
+        if self.store.local is None:
+            return self._nothing("report", "reports are written for local `out` folders")
+        if not self.worked and self.store.exists("report.html"):
+            return self._nothing("report", str(self.store.local / "report.html"))
+        self.terminal.say(f"report: {build_report(self.store.local)}")
+
+
+def _failure(stage: str, error: Exception, log: Path) -> str:
+    reason = next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
+    return (
+        f"{stage} failed: {type(error).__name__}: {reason}\n"
+        f"the log is {log}\nwhat is committed is safe: run the same command again to resume"
+    )

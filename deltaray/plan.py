@@ -1,0 +1,128 @@
+"""Plan: what each stage will run, where, and how much of it is done already. Starts nothing."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from deltaray.contracts import PROMPTS
+from deltaray.evaluate.stage import all_tasks
+from deltaray.pair.stage import is_paired
+from deltaray.recipe.study import Study, TrainingRun
+from deltaray.runtime.session import Capacity
+from deltaray.store import Store
+
+
+@dataclass(frozen=True)
+class Item:
+    """One thing that a stage makes."""
+
+    stage: str
+    name: str
+    unit: str
+    total: int | None  # None: not known before an earlier stage has run
+    done: int
+    where: str
+
+    @property
+    def finished(self) -> bool:
+        return self.total is not None and self.done >= self.total
+
+
+def make_plan(study: Study, store: Store, prompts: int | None, capacity: Capacity) -> list[Item]:
+    """All items of all stages that the recipe names, in the order in which they run.
+
+    Args:
+        prompts: how many prompts the recipe's file holds; None if it does not exist yet.
+    """
+    items = generation_items(study, store, prompts, capacity)
+    items += [_pairing_item(study, store, name) for name in study.pairings]
+    items += [_training_item(study, store, run, capacity) for run in study.runs.values()]
+    items += evaluation_items(study, store, capacity)
+    report = int(store.exists("report.html"))
+    return [*items, Item("report", "report.html", "file", 1, report, "driver")]
+
+
+def generation_items(study: Study, store: Store, prompts: int | None, capacity: Capacity) -> list[Item]:
+    items = []
+    for name in study.paired_teachers():
+        teacher = study.teachers[name]
+        total = None if prompts is None else prompts * teacher.sampling.samples
+        done = store.count_rows(Store.responses(name))
+        items.append(Item("generate", name, "responses", total, done, _engine_place(teacher.engine, capacity)))
+    return items
+
+
+def _engine_place(engine: Any, capacity: Capacity) -> str:
+    most = engine.max_replicas or engine.replicas
+    count = str(engine.replicas) if most == engine.replicas else f"{engine.replicas}-{most}"
+    gpus = capacity.gpus_of(engine)
+    return f"{count} x vLLM, " + (f"{gpus} GPU each" if gpus else f"{engine.cpus:g} CPU each")
+
+
+def _pairing_item(study: Study, store: Store, name: str) -> Item:
+    pairing = study.pairings[name]
+    done = is_paired(study, store, name)
+    pairs = store.count_rows(Store.pairs(name)) if done else None
+    what = f"{pairing.chosen} > {pairing.rejected}"
+    return Item("pair", name, "pairs", pairs, pairs or 0, f"{what}, CPU tasks")
+
+
+def _training_item(study: Study, store: Store, run: TrainingRun, capacity: Capacity) -> Item:
+    training = study.recipe.training
+    assert training is not None
+    gpus = capacity.gpus_per_worker(training.gpus_per_worker)
+    each = f"{gpus} GPU" if gpus else f"{training.cpus_per_worker:g} CPU"
+    settings = run.settings
+    rate = f"lr {settings.learning_rate:g}" if isinstance(settings.learning_rate, float) else ""
+    where = f"{settings.loss}, {rate}, {training.workers} workers, {each} each, ZeRO-{training.zero_stage}"
+    return Item("train", run.name, "students", 1, int(store.exists(Store.student(run.name))), where)
+
+
+def evaluation_items(study: Study, store: Store, capacity: Capacity) -> list[Item]:
+    evaluation, student = study.recipe.evaluation, study.recipe.student
+    if evaluation is None:
+        return []
+    sizes = {name: _task_rows(store, name, task.sampling.samples) for name, task in all_tasks(study).items()}
+    names = {model.name: list(evaluation.tasks) for model in study.evaluated.values() if not study.grid(model.name)}
+    for run in study.runs.values():
+        if run.candidate_of:
+            names[run.name] = [*evaluation.tasks, *evaluation.selection]
+    items = []
+    for name, tasks in names.items():
+        engine = study.teachers[name].engine if name in study.teachers else student.engine if student else None
+        total = None if any(sizes[task] is None for task in tasks) else sum(sizes[task] or 0 for task in tasks)
+        done = sum(store.count_rows(Store.evaluation_responses(name, task)) for task in tasks)
+        items.append(Item("evaluate", name, "answers", total, done, _engine_place(engine, capacity)))
+    return items
+
+
+def _task_rows(store: Store, task: str, samples: int) -> int | None:
+    folder = Store.evaluation_prompts(task)
+    if not store.committed(folder):
+        return None
+    return len(store.read_tables(folder, PROMPTS, ["prompt_id"])) * samples
+
+
+def stages_of(items: list[Item]) -> dict[str, list[Item]]:
+    """Items by stage, in order."""
+    stages: dict[str, list[Item]] = {}
+    for item in items:
+        stages.setdefault(item.stage, []).append(item)
+    return stages
+
+
+def plan_json(study: Study, store: Store, items: list[Item], capacity: Capacity) -> dict[str, Any]:
+    """The plan for machines."""
+    return {
+        "recipe": study.recipe.name,
+        "out": store.out,
+        "seeds": list(study.recipe.seeds),
+        "cluster": asdict(capacity),
+        "stages": [
+            {
+                "stage": stage,
+                "finished": all(item.finished for item in group),
+                "items": [asdict(item) for item in group],
+            }
+            for stage, group in stages_of(items).items()
+        ],
+    }

@@ -1,0 +1,1 @@
+"""Reference log-probabilities: what the untouched student thinks of every response, computed once."""

@@ -1,0 +1,103 @@
+"""Puts the page together: one file with its styles, scripts, figures and pairs inside."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from . import charts, series, tables
+from .model import Pairing, Study
+from .read import read_study
+from .summary import summarize
+
+HERE = Path(__file__).parent
+MAX_PAIRS = 2000
+"""Pairs per pairing that a page embeds."""
+
+
+def build_report(out: Path) -> Path:
+    """Write `out/report.html` from what `out` holds so far; a reader never sees half a file."""
+    target = out / "report.html"
+    partial = out / f".report.html.{os.getpid()}.partial"
+    try:
+        page = render(read_study(out, MAX_PAIRS))
+        partial.write_text(page, encoding="utf-8", errors="replace", newline="\n")
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
+    return target
+
+
+def render(study: Study) -> str:
+    """The page's HTML."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(HERE / "templates"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    scripts = [get_plotlyjs(), *(_static(name) for name in ("charts.js", "pairs.js"))]
+    figures = _figures(study)
+    return environment.get_template("report.html.j2").render(
+        study=study,
+        tables=tables,
+        summary=summarize(study),
+        palette=_palette(study),
+        figures=figures,
+        figure_data=embedded([vars(chart) for group in figures.values() for chart in group]),
+        pair_data=[embedded(_pair_payload(pairing)) for pairing in study.pairings],
+        style=Markup(_static("report.css")),
+        scripts=[Markup(script) for script in scripts],
+        policy=_policy(scripts),
+    )
+
+
+def embedded(value: Any) -> Markup:
+    """JSON that cannot end or reopen its script element: every `<` is written as an escape."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return Markup(text.replace("<", "\\u003c"))
+
+
+def _static(name: str) -> str:
+    return (HERE / "static" / name).read_text(encoding="utf-8")
+
+
+def _policy(scripts: list[str]) -> str:
+    """A content policy: only the page's own scripts run, nothing is fetched from anywhere."""
+    digests = (base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts)
+    allowed = " ".join(f"'sha256-{digest}'" for digest in digests)
+    return f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data: blob:"
+
+
+def _palette(study: Study) -> dict[str, str]:
+    """Colours for every trained student, evaluated or not."""
+    evaluated = [model.name for model in study.evaluations.with_role("student")]
+    return charts.colours([*evaluated, *(run.group for run in study.runs)])
+
+
+def _figures(study: Study) -> dict[str, list[charts.Chart]]:
+    """The charts of each section."""
+    palette = _palette(study)
+    return {
+        "scores": charts.score_charts(study.evaluations, palette) if study.evaluations.models else [],
+        "curves": series.curve_charts(study.runs, palette) if study.runs else [],
+        "lengths": [
+            series.length_chart(pairing, position)
+            for position, pairing in enumerate(study.pairings)
+            if pairing.chosen_lengths.size or pairing.rejected_lengths.size
+        ],
+    }
+
+
+def _pair_payload(pairing: Pairing) -> dict[str, Any]:
+    """What the pair browser needs of one pairing."""
+    return {"name": pairing.name, "rows": pairing.rows, "binary": pairing.binary, "pairs": pairing.pairs}

@@ -1,0 +1,118 @@
+"""Everything that can be refused before a process is started or a file is written."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from deltaray.chat import load_tokenizer
+from deltaray.errors import UserError
+from deltaray.prompts import PromptRow, read_prompts
+from deltaray.recipe.models import Model
+from deltaray.recipe.study import Study
+
+SAMPLED_BYTES = 1 << 20
+"""How much of a weight file's beginning and end goes into its fingerprint."""
+
+
+def check_inputs(study: Study) -> list[PromptRow]:
+    """Reads all prompts and looks at all models; returns the prompts.
+
+    Raises:
+        UserError: the first mistake found, with file, key or row and the mend.
+    """
+    recipe = study.recipe
+    prompts = read_prompts(recipe.prompts.path, "prompts.path", recipe.prompts.limit)
+    if recipe.evaluation:
+        check_tasks(study)
+    for name, teacher in study.teachers.items():
+        check_model(teacher, f"teachers.{_base(name)}")
+    for student in study.students.values():
+        check_model(student, "student")
+    return prompts
+
+
+def check_tasks(study: Study) -> None:
+    """Every task can be read, has answers, and the selection shares no prompt with what is reported."""
+    evaluation = study.recipe.evaluation
+    assert evaluation is not None
+    prompts: dict[str, dict[str, str]] = {"tasks": {}, "selection": {}}
+    for section, tasks in (("tasks", evaluation.tasks), ("selection", evaluation.selection)):
+        for name, task in tasks.items():
+            key = f"evaluation.{section}.{name}.path"
+            rows = read_prompts(task.path, key, task.limit)
+            unanswered = next((row for row in rows if row["answer"] is None), None)
+            if unanswered is not None:
+                raise UserError(f"{key}: {task.path}: prompt {unanswered['prompt_id']} has no `answer` to compare with")
+            prompts[section] |= {str(row["messages"]): name for row in rows}
+    shared = prompts["tasks"].keys() & prompts["selection"].keys()
+    if shared:
+        first = min(shared)
+        raise UserError(
+            f"evaluation.selection.{prompts['selection'][first]}: shares {len(shared)} prompts with evaluation.tasks."
+            f"{prompts['tasks'][first]}; choose the grid's best on prompts that are not reported"
+        )
+
+
+def check_model(model: Model, key: str) -> None:
+    """The model's folder is there and its tokenizer has a chat template."""
+    if is_local(model.model) and not Path(model.model).is_dir():
+        raise UserError(
+            f"{key}.model: there is no folder {model.model}; give a Hugging Face model folder or a hub id (owner/name)"
+        )
+    if is_local(model.model) and not (Path(model.model) / "config.json").is_file():
+        raise UserError(f"{key}.model: {model.model} holds no config.json; give a Hugging Face model folder")
+    load_tokenizer(model, key)
+
+
+def is_local(model: str) -> bool:
+    """A path rather than a hub id, which is `name` or `owner/name`."""
+    return Path(model).exists() or model.startswith(("/", ".", "~")) or model.count("/") > 1
+
+
+def definitions(study: Study) -> dict[str, dict[str, Any]]:
+    """What each artifact is made from; the store refuses to mix two definitions under one name."""
+    recipe = study.recipe
+    found: dict[str, dict[str, Any]] = {"study": {"name": recipe.name}}
+    for name, teacher in study.teachers.items():
+        engine = {"dtype": teacher.engine.dtype, "max_model_len": teacher.engine.max_model_len}
+        found[f"responses/teacher={name}"] = {**_model(teacher), **teacher.sampling.model_dump(mode="json"), **engine}
+    for name, scorer in recipe.scorers.items():
+        found[f"scores/scorer={name}"] = scorer.model_dump(mode="json")
+    for name, student in study.students.items():
+        found[f"students/{name}"] = {**_model(student), "max_length": student.max_length}
+    for name, pairing in study.pairings.items():
+        found[f"pairs/pairing={name}"] = pairing.model_dump(mode="json") | {"student": study.student_of(name)}
+    for name, run in study.runs.items():
+        dtype = recipe.training.dtype if recipe.training else None
+        settings = run.settings.model_dump(mode="json")
+        found[f"training/{name}"] = {**settings, "student": run.student, "pairing": run.pairing, "dtype": dtype}
+    for section in ("tasks", "selection"):
+        for name, task in getattr(recipe.evaluation, section, {}).items():
+            found[f"evaluation/task={name}"] = task.model_dump(mode="json", exclude={"path", "limit"})
+    return found
+
+
+def _model(model: Model) -> dict[str, Any]:
+    described = model.model_dump(mode="json", include=set(Model.model_fields))
+    if is_local(model.model):
+        described["fingerprint"] = fingerprint(Path(model.model))
+    return described
+
+
+def fingerprint(folder: Path) -> str:
+    """Tells two versions of a local model apart without reading all its weights."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.iterdir()):
+        if file.name != "config.json" and file.suffix not in (".safetensors", ".jinja"):
+            continue
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}\n".encode())
+        with file.open("rb") as source:
+            digest.update(source.read(SAMPLED_BYTES))
+            source.seek(max(0, size - SAMPLED_BYTES))
+            digest.update(source.read())
+    return digest.hexdigest()[:16]
+
+
+def _base(name: str) -> str:
+    return name.rpartition("-seed")[0] or name

@@ -1,0 +1,142 @@
+"""The Ray session: what the cluster has, what a study demands of it, starting and joining Ray."""
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from deltaray.errors import UserError
+from deltaray.recipe.models import Cluster, Engine
+from deltaray.recipe.study import Study
+
+EMBEDDED_CPUS = 8
+"""Least logical CPUs of a Ray started here: its workers mostly wait, and pipelines of actor pools deadlock on two."""
+STREAM_CPUS = 1.0
+"""Logical CPUs that the reading and writing tasks around an actor pool need."""
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """CPUs and GPUs of a cluster."""
+
+    cpus: float
+    gpus: float
+
+    def gpus_of(self, engine: Engine) -> int:
+        """GPUs of one replica: as demanded, else what its parallelism needs where the cluster has GPUs."""
+        if engine.gpus is not None:
+            return engine.gpus
+        return engine.tensor_parallel * engine.pipeline_parallel if self.gpus else 0
+
+    def gpus_per_worker(self, demanded: int | None) -> int:
+        return demanded if demanded is not None else int(self.gpus > 0)
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What must be free at the same time for something to start at all."""
+
+    key: str
+    what: str
+    cpus: float
+    gpus: float
+
+
+def declared_capacity(cluster: Cluster) -> Capacity:
+    """What a Ray started on this machine will have; for an address, what the recipe declares (0: ask the cluster)."""
+    if joins_cluster(cluster):
+        return Capacity(cluster.cpus or 0, cluster.gpus or 0)
+    gpus = cluster.gpus if cluster.gpus is not None else _gpus_here()
+    return Capacity(cluster.cpus or max(EMBEDDED_CPUS, os.cpu_count() or 1), gpus)
+
+
+def joins_cluster(cluster: Cluster) -> bool:
+    return cluster.address is not None or "RAY_ADDRESS" in os.environ
+
+
+def _gpus_here() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def demands(study: Study, capacity: Capacity) -> list[Demand]:
+    """What each part of the study needs at least. Pure."""
+    found = []
+    for name, teacher in study.teachers.items():
+        key = f"teachers.{name.rpartition('-seed')[0] or name}.engine"
+        found.append(_engine_demand(key, f"vLLM for teacher {name}", teacher.engine, capacity))
+    recipe = study.recipe
+    if recipe.evaluation:
+        for name, student in study.students.items():
+            found.append(_engine_demand("student.engine", f"vLLM for {name}", student.engine, capacity))
+    if recipe.training:
+        training = recipe.training
+        gpus = training.workers * capacity.gpus_per_worker(training.gpus_per_worker)
+        cpus = training.workers * training.cpus_per_worker
+        found.append(Demand("training.workers", f"{training.workers} training workers", cpus, gpus))
+    return found
+
+
+def _engine_demand(key: str, what: str, engine: Engine, capacity: Capacity) -> Demand:
+    cpus = engine.replicas * engine.cpus + STREAM_CPUS
+    return Demand(key, what, cpus, engine.replicas * capacity.gpus_of(engine))
+
+
+def refuse_impossible(study: Study, capacity: Capacity) -> None:
+    """Refuses what could only wait for ever.
+
+    Raises:
+        UserError: names the key, what it demands and what the cluster has.
+    """
+    lines = []
+    for demand in demands(study, capacity):
+        for kind in ("cpus", "gpus"):
+            wanted, has = getattr(demand, kind), getattr(capacity, kind)
+            if wanted > has:
+                lines.append(
+                    f"{demand.key}: {demand.what} needs {wanted:g} {kind.upper().removesuffix('S')}s, the cluster has "
+                    f"{has:g}; ask for less, or give the cluster more (cluster.{kind}, cluster.address)"
+                )
+    if lines:
+        raise UserError("\n".join(dict.fromkeys(lines)))
+
+
+def start_ray(cluster: Cluster) -> Capacity:
+    """Joins the cluster at `cluster.address` (or RAY_ADDRESS), or starts Ray on this machine.
+
+    Raises:
+        UserError: no cluster answers at the address.
+    """
+    import ray
+
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if not ray.is_initialized():
+        ray.init(**_init_arguments(cluster))
+    resources = ray.cluster_resources()
+    return Capacity(max(resources.get("CPU", 0), cluster.cpus or 0), max(resources.get("GPU", 0), cluster.gpus or 0))
+
+
+def _init_arguments(cluster: Cluster) -> dict[str, Any]:
+    arguments: dict[str, Any] = {"log_to_driver": False, "logging_level": "warning"}
+    if joins_cluster(cluster):
+        return arguments | ({"address": cluster.address} if cluster.address else {})
+    capacity = declared_capacity(cluster)
+    return arguments | {
+        "num_cpus": capacity.cpus,
+        "num_gpus": capacity.gpus,
+        "include_dashboard": cluster.dashboard,
+        "object_store_memory": 512 * 2**20 if capacity.gpus == 0 else None,
+    }
+
+
+def stop_ray() -> None:
+    import ray
+
+    ray.shutdown()
+
+
+def logs_of_ray() -> str:
+    """The folder of Ray's own logs on the node of the driver."""
+    import ray
+
+    return os.path.join(ray._private.worker._global_node.get_session_dir_path(), "logs")  # noqa: PTH118

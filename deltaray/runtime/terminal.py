@@ -1,0 +1,123 @@
+"""What the user sees: results on stdout, progress and messages on stderr, everybody else's chatter in a log file.
+
+Ray, vLLM and DeepSpeed write to the process's file descriptors from several languages, so the descriptors themselves
+are pointed at the log while a stage runs; our own console keeps private copies of the real ones.
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+PLAIN_INTERVAL = 5.0
+"""Seconds between progress lines when stderr is no terminal."""
+
+
+class Terminal:
+    """The real stdout and stderr, whatever happens to descriptors 1 and 2."""
+
+    def __init__(self) -> None:
+        self.out = Console(file=os.fdopen(os.dup(1), "w", encoding="utf-8"), highlight=False, soft_wrap=True)
+        self.err = Console(file=os.fdopen(os.dup(2), "w", encoding="utf-8"), highlight=False, soft_wrap=True)
+        self.log: Path | None = None
+
+    def say(self, text: str) -> None:
+        self.err.print(text, markup=False)
+
+    def result(self, text: str) -> None:
+        self.out.print(text, markup=False)
+
+    def result_json(self, value: Any) -> None:
+        self.out.file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+        self.out.file.flush()
+
+    @contextmanager
+    def chatter_to(self, log: Path) -> Iterator[None]:
+        """Sends whatever is written to descriptors 1 and 2 into `log` meanwhile."""
+        log.parent.mkdir(parents=True, exist_ok=True)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        saved = os.dup(1), os.dup(2)
+        target = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.dup2(target, 1)
+        os.dup2(target, 2)
+        os.close(target)
+        self.log = log
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            for descriptor, copy in zip((1, 2), saved, strict=True):
+                os.dup2(copy, descriptor)
+                os.close(copy)
+
+    @contextmanager
+    def progress(self, stage: str, unit: str) -> Iterator["StageProgress"]:
+        """One live view of a stage; plain lines when stderr is no terminal."""
+        live = _bars(self.err) if self.err.is_terminal else None
+        view = StageProgress(self, stage, unit, live)
+        if live is None:
+            yield view
+            return
+        with live:
+            yield view
+
+
+def _bars(console: Console) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
+    return Progress(*columns, TimeElapsedColumn(), console=console, refresh_per_second=4)
+
+
+class StageProgress:
+    """Counts of one stage, a line per item (a teacher, a student, …)."""
+
+    def __init__(self, terminal: Terminal, stage: str, unit: str, live: Progress | None) -> None:
+        self.terminal, self.stage, self.unit, self.live = terminal, stage, unit, live
+        self.tasks: dict[str, TaskID] = {}
+        self.items: dict[str, Item] = {}
+
+    def update(self, name: str, done: int, total: int, tokens: int = 0, note: str = "") -> None:
+        """`done` of `total` units of `name` are finished; `tokens` so far (0: not counted)."""
+        item = self.items.setdefault(name, Item())
+        item.done, item.total, item.tokens, item.note = done, total, tokens or item.tokens, note
+        if self.live is not None:
+            if name not in self.tasks:
+                self.tasks[name] = self.live.add_task(f"{self.stage} {name}", total=total, note="")
+            self.live.update(self.tasks[name], completed=done, total=total, note=item.describe())
+        elif done >= total or time.monotonic() - item.printed > PLAIN_INTERVAL:
+            item.printed = time.monotonic()
+            self.terminal.say(f"{self.stage} {name}: {done}/{total} {self.unit}{item.describe(', ')}")
+
+    @property
+    def done(self) -> int:
+        return sum(item.done for item in self.items.values())
+
+    @property
+    def tokens(self) -> int:
+        return sum(item.tokens for item in self.items.values())
+
+
+class Item:
+    """One line of progress."""
+
+    def __init__(self) -> None:
+        self.started = time.monotonic()
+        self.printed = self.started  # the first plain line comes after an interval
+        self.done = self.total = self.tokens = 0
+        self.note = ""
+
+    def describe(self, lead: str = "") -> str:
+        seconds = max(time.monotonic() - self.started, 1e-3)
+        parts = [f"{self.tokens / seconds:,.0f} tokens/s"] if self.tokens and seconds > 1 else []
+        if 0 < self.done < self.total:
+            parts.append(f"{seconds / self.done * (self.total - self.done):,.0f} s left")
+        parts += [self.note] if self.note else []
+        return lead + ", ".join(parts) if parts else ""

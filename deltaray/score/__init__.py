@@ -1,0 +1,1 @@
+"""Scores of responses, each made once per response and stored beside it."""

@@ -1,0 +1,41 @@
+"""DeepSpeed's configuration for a run. Pure."""
+
+from typing import Any
+
+from deltaray.recipe.models import Run, Training
+from deltaray.train.batches import micro_batches
+
+BUCKET = 50_000_000
+"""Elements reduced at a time; DeepSpeed's default of 5e8 would allocate 2 GB of float32 per worker at once."""
+
+
+def deepspeed_config(training: Training, run: Run) -> dict[str, Any]:
+    """What `deepspeed.initialize` gets beside the optimizer.
+
+    The loop sets the accumulation boundary itself (an epoch's last batch is smaller) and divides the loss itself (by
+    what the global batch holds), so the accumulation steps named here only tell DeepSpeed whether it accumulates.
+    """
+    micro_batch, steps = micro_batches(run.batch_size, training.workers, training.micro_batch_size)
+    return {
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": steps,
+        "gradient_clipping": run.max_grad_norm,
+        "zero_allow_untested_optimizer": True,  # torch's AdamW: no compiler needed, the same on CPU and GPU
+        "steps_per_print": 1_000_000_000,
+        "zero_optimization": _zero(training),
+        **_precision(training),
+    }
+
+
+def _zero(training: Training) -> dict[str, Any]:
+    settings: dict[str, Any] = {"stage": training.zero_stage, "reduce_bucket_size": BUCKET}
+    if training.zero_stage == 3:
+        settings["stage3_prefetch_bucket_size"] = BUCKET
+    return settings
+
+
+def _precision(training: Training) -> dict[str, Any]:
+    if training.dtype == "float32":
+        return {}
+    # Small steps (5e-8) would vanish in sums of bfloat16 gradients.
+    return {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}

@@ -1,0 +1,84 @@
+"""The student under DeepSpeed: loading it (partitioned from the start with ZeRO 3) and saving its weights."""
+
+import gc
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from torch import Tensor, nn
+
+from deltaray.recipe.models import Run, Student, Training
+from deltaray.store import Store
+from deltaray.train.deepspeed_config import deepspeed_config
+from deltaray.train.student import load_module
+
+
+def join_process_group() -> None:
+    """Hands Ray Train's process group to DeepSpeed, once per process."""
+    if not torch.cuda.is_available():
+        # A kernel for tensor-parallel inference that would be compiled on first use: a minute, and a compiler.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend=torch.distributed.get_backend())
+
+
+def start_engine(student: Student, training: Training, run: Run, **overrides: Any) -> Any:
+    """A DeepSpeed engine around `ResponseLogProbs`; `overrides` replace keys of DeepSpeed's configuration."""
+    from transformers.integrations import HfDeepSpeedConfig
+
+    config = deepspeed_config(training, run) | overrides
+    # While this object lives, from_pretrained partitions every weight as it is read: no worker ever holds the whole.
+    partitioning = HfDeepSpeedConfig(config) if training.zero_stage == 3 else None
+    module = load_module(student, training.dtype)
+    del partitioning
+    if training.gradient_checkpointing:
+        module.model.gradient_checkpointing_enable({"use_reentrant": False})
+    module.train()
+    if training.zero_stage == 3:
+        deepspeed.zero.register_external_parameter(module.head, module.model.get_output_embeddings().weight)
+    return deepspeed.initialize(model=module, optimizer=_optimizer(module, run), config=config)[0]
+
+
+def _optimizer(module: nn.Module, run: Run) -> torch.optim.Optimizer:
+    assert isinstance(run.learning_rate, float)
+    return torch.optim.AdamW(
+        module.parameters(), lr=run.learning_rate, betas=run.adam_betas, weight_decay=run.weight_decay
+    )
+
+
+def stop_engine(engine: Any) -> None:
+    """Frees weights, gradients and optimizer state for the next run of the same process."""
+    engine.destroy()
+    engine.optimizer = engine.module = None
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def gathered_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The whole state on the CPU of rank 0 (other ranks: empty); a collective call, one weight at a time.
+
+    Names that share a weight (tied embeddings) share its copy, too.
+    """
+    state: dict[str, Tensor] = {}
+    copies: dict[int, Tensor] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        with deepspeed.zero.GatheredParameters([tensor], enabled=hasattr(tensor, "ds_id")):
+            if torch.distributed.get_rank() == 0:
+                if id(tensor) not in copies:
+                    copies[id(tensor)] = tensor.detach().to("cpu", copy=True)
+                state[name] = copies[id(tensor)]
+    return state
+
+
+def save_student(engine: Any, tokenizer: Any, store: Store, name: str) -> None:
+    """Commits a Hugging Face folder from rank 0; all ranks call it."""
+    model = engine.module.model
+    state = gathered_weights(model)
+    if torch.distributed.get_rank() == 0:
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder, state_dict=state)
+            tokenizer.save_pretrained(folder)
+            store.put_folder(Path(folder), Store.student(name))
+    torch.distributed.barrier()

@@ -1,0 +1,144 @@
+"""The training stage, on the driver: all missing students in one worker group of Ray Train."""
+
+import shutil
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import ray
+from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from deltaray.errors import StageError, UserError
+from deltaray.recipe.models import Training
+from deltaray.recipe.study import Study, TrainingRun
+from deltaray.runtime.session import Capacity, logs_of_ray
+from deltaray.store import Store
+
+if TYPE_CHECKING:
+    from deltaray.train.loop import Job
+
+OnProgress = Callable[[str, int, int, dict[str, Any]], None]
+"""(run, steps done, steps in all, the metrics of the last step; empty when the run starts)."""
+
+POLL_INTERVAL = 0.25
+COLLECTIVE_TIMEOUT = 7200
+"""Seconds that a worker waits for the others; rank 0 alone uploads a student meanwhile."""
+
+
+def train(study: Study, store: Store, runs: list[TrainingRun], on_progress: OnProgress) -> list[str]:
+    """Trains the runs whose student is missing and returns their names; progress comes on another thread.
+
+    A retried worker group skips what is committed and starts the interrupted run anew.
+
+    Raises:
+        StageError: a run failed more often than it is retried; what is committed stays.
+    """
+    missing = [run for run in runs if not store.exists(Store.student(run.name))]
+    training = study.recipe.training
+    if not missing or training is None:
+        return []
+    progress = ray.remote(num_cpus=0)(Progress).remote()
+    name = f"train-{uuid.uuid4().hex[:8]}"
+    try:
+        with _watched(progress, on_progress):
+            _trainer(study, training, store, missing, progress, name).fit()
+    except TrainingFailedError as error:
+        raise _failure(error, ray.get(progress.current.remote()) or missing[0].name) from error
+    finally:
+        ray.kill(progress)
+    if store.local:
+        shutil.rmtree(store.local / _STATE / name, ignore_errors=True)
+    return [run.name for run in missing]
+
+
+_STATE = ".deltaray/train"
+"""Where Ray Train keeps its own state while it runs."""
+
+
+def _trainer(
+    study: Study, training: Training, store: Store, runs: list[TrainingRun], progress: Any, name: str
+) -> TorchTrainer:
+    gpus = Capacity(0, ray.cluster_resources().get("GPU", 0)).gpus_per_worker(training.gpus_per_worker)
+    resources = {"CPU": training.cpus_per_worker} | ({"GPU": gpus} if gpus else {})
+    job = {"store": store, "training": training, "students": study.students, "runs": runs, "progress": progress}
+    return TorchTrainer(
+        _work,
+        train_loop_config=job,
+        torch_config=TorchConfig(timeout_s=COLLECTIVE_TIMEOUT),
+        scaling_config=ScalingConfig(num_workers=training.workers, use_gpu=gpus > 0, resources_per_worker=resources),
+        run_config=RunConfig(
+            name=name,
+            storage_path=f"{store.out}/{_STATE}",
+            failure_config=FailureConfig(max_failures=2),
+            worker_runtime_env={"env_vars": _environment(gpus)},
+        ),
+    )
+
+
+def _work(job: "dict[str, Any]") -> None:
+    # torch and DeepSpeed are imported in the workers only.
+    from deltaray.train.loop import Job, train_runs
+
+    train_runs(Job(**job))
+
+
+def _environment(gpus: int) -> dict[str, str]:
+    if gpus:
+        return {"TOKENIZERS_PARALLELISM": "false"}
+    return {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+# --- progress ---------------------------------------------------------------------------------------------------
+class Progress:
+    """An actor between the workers and the driver: what has happened since the driver last asked."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple[str, int, int, dict[str, Any]]] = []
+        self.run = ""
+
+    def put(self, run: str, step: int, total: int, metrics: dict[str, Any]) -> None:
+        self.run = run
+        self.events.append((run, step, total, metrics))
+
+    def take(self) -> list[tuple[str, int, int, dict[str, Any]]]:
+        events, self.events = self.events, []
+        return events
+
+    def current(self) -> str:
+        return self.run
+
+
+@contextmanager
+def _watched(progress: Any, on_progress: OnProgress) -> Iterator[None]:
+    """Passes the actor's events on while the block runs, and the last ones after it."""
+    over = threading.Event()
+
+    def watch() -> None:
+        while True:
+            last = over.wait(POLL_INTERVAL)
+            for event in ray.get(progress.take.remote()):
+                on_progress(*event)
+            if last:
+                return
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+# --- failures ---------------------------------------------------------------------------------------------------
+def _failure(error: TrainingFailedError, run: str) -> Exception:
+    causes: dict[int, BaseException] = getattr(error, "worker_failures", {})
+    cause: BaseException = next(iter(causes.values()), error)
+    cause = getattr(cause, "cause", None) or cause
+    if isinstance(cause, UserError):
+        return cause
+    message = (str(cause).strip() or type(cause).__name__).splitlines()[-1]
+    return StageError(f"training {run} failed: {message}\nlog: {logs_of_ray()}\nrun the same command to resume")

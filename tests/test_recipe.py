@@ -1,0 +1,135 @@
+"""The recipe: every refusal names file, line, key and the mend; overrides; seeds and grids written out."""
+
+from pathlib import Path
+
+import pytest
+
+from deltaray.errors import UserError
+from deltaray.recipe import Recipe, dump_recipe, expand, load_recipe, recipe_folder
+
+GOOD = """\
+name: study
+out: runs/study
+prompts: {path: prompts.jsonl}
+teachers:
+  weak: {model: models/weak}
+  weaker:
+    model: models/weaker
+    sampling:
+      temperature: 0.7
+scorers:
+  exact: {kind: exact_match}
+pairings:
+  delta: {chosen: weak, rejected: weaker}
+student: {model: models/student}
+training:
+  runs:
+    delta: {pairing: delta, learning_rate: 1e-5}
+evaluation:
+  tasks:
+    held_out: {path: held_out.jsonl}
+  selection:
+    validation: {path: validation.jsonl}
+  claims: ["delta > student"]
+"""
+
+
+def load(tmp_path: Path, text: str = GOOD, overrides: list[str] | None = None) -> Recipe:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    return load_recipe(path, overrides)
+
+
+def refusal(tmp_path: Path, text: str = GOOD, overrides: list[str] | None = None) -> str:
+    with pytest.raises(UserError) as error:
+        load(tmp_path, text, overrides)
+    return str(error.value).replace(f"{tmp_path}/", "")
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ("temperature", "temprature", "recipe.yaml:9: teachers.weaker.sampling.temprature: unknown key; did you mean"),
+        ("0.7", "warm", "recipe.yaml:9: teachers.weaker.sampling.temperature: 'warm': write a number"),
+        ("0.7", "-1", "recipe.yaml:9: teachers.weaker.sampling.temperature: -1: write greater than or equal to 0"),
+        ("rejected: weaker", "rejected: weak", "recipe.yaml:13: pairings.delta.rejected: chosen and rejected are both"),
+        ("chosen: weak,", "chosen: weka,", "recipe.yaml:13: pairings.delta.chosen: there is no teacher 'weka'; did you"),
+        ("learning_rate: 1e-5", "loss: ppo", "recipe.yaml:17: training.runs.delta.loss: 'ppo' is not allowed; write"),
+        ("pairing: delta,", "pairing: delte,", "recipe.yaml:17: training.runs.delta.pairing: there is no pairing"),
+        ("delta > student", "delta >> x", "recipe.yaml:23: evaluation.claims.0:"),
+        ("delta > student", "delta > studnet", "recipe.yaml:23: evaluation.claims.0: there is no model 'studnet'; did"),
+        ("out: runs/study\n", "", "recipe.yaml:1: out: is missing"),
+        ("name: study", "name: a/b", "recipe.yaml:1: name: 'a/b': use letters"),
+        ("  weaker:", "  weaker", "not YAML"),
+    ],
+)
+def test_refusals_name_file_line_key_and_mend(tmp_path: Path, before: str, after: str, message: str) -> None:
+    assert before in GOOD
+    assert message in refusal(tmp_path, GOOD.replace(before, after, 1))
+
+
+def test_all_problems_are_reported_at_once(tmp_path: Path) -> None:
+    text = GOOD.replace("0.7", "hot").replace("1e-5", "fast")
+    assert len(refusal(tmp_path, text).splitlines()) == 2
+
+
+def test_missing_file_and_wrong_encoding(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="there is no such recipe"):
+        load_recipe(tmp_path / "nothing.yaml")
+    (tmp_path / "latin.yaml").write_bytes(b"name: caf\xe9\n")
+    with pytest.raises(UserError, match="not UTF-8"):
+        load_recipe(tmp_path / "latin.yaml")
+
+
+def test_overrides(tmp_path: Path) -> None:
+    recipe = load(tmp_path, overrides=["training.runs.delta.beta=0.5", "seeds=[3, 4]", "evaluation.claims.0=delta > weak"])
+    assert recipe.training is not None and recipe.training.runs["delta"].beta == 0.5
+    assert recipe.seeds == [3, 4]
+    assert recipe.evaluation is not None and recipe.evaluation.claims == ["delta > weak"]
+
+
+def test_a_bad_override_is_named_as_such(tmp_path: Path) -> None:
+    assert refusal(tmp_path, overrides=["training.worker=2"]).startswith("--set training.worker: unknown key; did you")
+    assert refusal(tmp_path, overrides=["training"]).startswith("--set training: write key.path=value")
+    assert "is not a section" in refusal(tmp_path, overrides=["name.first=x"])
+
+
+def test_the_resolved_recipe_says_the_same(tmp_path: Path) -> None:
+    recipe = load(tmp_path)
+    assert load(tmp_path, dump_recipe(recipe)) == recipe
+    assert "max_grad_norm: 1.0" in dump_recipe(recipe)  # every default is written out
+
+
+def test_one_seed_keeps_names(tmp_path: Path) -> None:
+    study = expand(load(tmp_path))
+    assert list(study.runs) == ["delta"] and list(study.students) == ["student"]
+    assert list(study.evaluated) == ["student", "delta", "weak", "weaker"]
+
+
+def test_several_seeds_copy_only_what_depends_on_them(tmp_path: Path) -> None:
+    text = GOOD.replace("models/student", "'models/{seed}/student'").replace("models/weaker", "'models/{seed}/weaker'")
+    study = expand(load(tmp_path, text, ["seeds=[1,2]"]))
+    assert list(study.teachers) == ["weak", "weaker-seed1", "weaker-seed2"]
+    assert study.pairings["delta-seed2"].rejected == "weaker-seed2"
+    assert study.pairings["delta-seed2"].chosen == "weak"
+    assert study.runs["delta-seed2"].student == "student-seed2"
+    assert study.students["student-seed1"].model == "models/1/student"
+    assert [study.teachers[f"weaker-seed{k}"].sampling.seed for k in (1, 2)] == [1, 2]
+
+
+def test_a_grid_becomes_candidates(tmp_path: Path) -> None:
+    study = expand(load(tmp_path, overrides=["training.runs.delta.learning_rate=[1e-5,1e-4]"]))
+    assert study.grid("delta") == ["delta-lr1e-05", "delta-lr0.0001"]
+    assert [study.runs[name].settings.learning_rate for name in study.grid("delta")] == [1e-5, 1e-4]
+    assert "delta" in study.evaluated and "delta-lr1e-05" not in study.evaluated
+
+
+def test_a_grid_needs_tasks_to_choose_on(tmp_path: Path) -> None:
+    overrides = ["training.runs.delta.learning_rate=[1e-5,1e-4]", "evaluation.selection={}"]
+    assert "a grid needs `evaluation.selection`" in refusal(tmp_path, overrides=overrides)
+
+
+@pytest.mark.parametrize("path", sorted(recipe_folder().glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_recipe_is_parsed(path: Path) -> None:
+    study = expand(load_recipe(path))
+    assert study.pairings and study.runs
