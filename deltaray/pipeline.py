@@ -8,13 +8,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from deltaray.errors import StageError, UserError
 from deltaray.plan import Item, make_plan
 from deltaray.prompts import PromptRow, store_prompts
 from deltaray.recipe import Recipe, Study, dump_recipe, expand
+from deltaray.recipe.study import TrainingRun
 from deltaray.runtime.memory import PeakMemory
-from deltaray.runtime.preflight import check_inputs, definitions
+from deltaray.runtime.preflight import check_inputs, check_local_inputs, definitions
 from deltaray.runtime.session import Capacity, declared_capacity, joins_cluster, refuse_impossible, start_ray, stop_ray
 from deltaray.runtime.terminal import StageProgress, Terminal
 from deltaray.store import Store
@@ -36,7 +38,10 @@ class Pipeline:
     def plan(self) -> tuple[list[Item], Capacity]:
         """What would run. Checks everything that can be checked; starts and writes nothing."""
         capacity = self._declared()
-        prompts = None if self._family_missing() else len(self._check())
+        prompts = None
+        if not self._family_missing():
+            prompts = check_local_inputs(self.study)
+            self.store.claim(definitions(self.study), write=False)
         return make_plan(self.study, self.store, prompts, capacity), capacity
 
     def _declared(self) -> Capacity:
@@ -177,7 +182,6 @@ class Pipeline:
                 raise UserError(f"{self.store.out}: teacher {name} has no responses yet; run `deltaray generate` first")
 
     def _train(self) -> None:
-        from deltaray.reference.stage import missing_references, reference
         from deltaray.train.stage import train
 
         runs = [run for run in self.study.runs.values() if not self.store.exists(Store.student(run.name))]
@@ -186,12 +190,21 @@ class Pipeline:
         for run in runs:
             if not self.store.committed(Store.pairs(run.pairing)):
                 raise UserError(f"{self.store.out}: pairing {run.pairing} has no pairs yet; run `deltaray pair` first")
-        wanted = missing_references(self.study, self.store, runs)
-        if wanted:
-            with self._stage("reference", "responses", sum(unit["rows"] for unit in wanted)) as progress:
-                reference(self.study, self.store, wanted, self._ray(), progress.update)
+        self._reference(runs)
         with self._stage("train", "students", len(runs)) as progress:
-            train(self.study, self.store, runs, self._ray(), progress.update)
+            train(self.study, self.store, runs, lambda *event: progress.update(*event[:3], **_training_note(event[3])))
+
+    def _reference(self, runs: list[TrainingRun]) -> None:
+        """Reference log-probs, once per response, for the runs whose loss compares with a reference."""
+        from deltaray.reference.stage import missing_files, reference, references_needed
+
+        needed = references_needed(self.study, runs)
+        files = [name for student, of in needed.items() for it in of for name in missing_files(self.store, student, it)]
+        if not files:
+            return
+        with self._stage("reference", "files", len(files)) as progress:
+            for student, teachers in needed.items():
+                reference(self.study, self.store, student, teachers, progress.update)
 
     def _evaluate(self) -> None:
         from deltaray.evaluate.stage import evaluate, evaluation_units, store_task_prompts
@@ -212,6 +225,14 @@ class Pipeline:
         if not self.worked and self.store.exists("report.html"):
             return self._nothing("report", str(self.store.local / "report.html"))
         self.terminal.say(f"report: {build_report(self.store.local)}")
+
+
+def _training_note(metrics: dict[str, Any]) -> dict[str, str]:
+    if not metrics:
+        return {}
+    accuracy = metrics["rewards_accuracy"]
+    right = "" if accuracy is None else f", accuracy {accuracy:.2f}"
+    return {"note": f"loss {metrics['loss']:.4f}{right}, {metrics['tokens_per_second']:,.0f} tokens/s"}
 
 
 def _failure(stage: str, error: Exception, log: Path) -> str:

@@ -53,7 +53,11 @@ def refusal(tmp_path: Path, text: str = GOOD, overrides: list[str] | None = None
         ("0.7", "warm", "recipe.yaml:9: teachers.weaker.sampling.temperature: 'warm': write a number"),
         ("0.7", "-1", "recipe.yaml:9: teachers.weaker.sampling.temperature: -1: write greater than or equal to 0"),
         ("rejected: weaker", "rejected: weak", "recipe.yaml:13: pairings.delta.rejected: chosen and rejected are both"),
-        ("chosen: weak,", "chosen: weka,", "recipe.yaml:13: pairings.delta.chosen: there is no teacher 'weka'; did you"),
+        (
+            "chosen: weak,",
+            "chosen: weka,",
+            "recipe.yaml:13: pairings.delta.chosen: there is no teacher 'weka'; did you",
+        ),
         ("learning_rate: 1e-5", "loss: ppo", "recipe.yaml:17: training.runs.delta.loss: 'ppo' is not allowed; write"),
         ("pairing: delta,", "pairing: delte,", "recipe.yaml:17: training.runs.delta.pairing: there is no pairing"),
         ("delta > student", "delta >> x", "recipe.yaml:23: evaluation.claims.0:"),
@@ -82,7 +86,9 @@ def test_missing_file_and_wrong_encoding(tmp_path: Path) -> None:
 
 
 def test_overrides(tmp_path: Path) -> None:
-    recipe = load(tmp_path, overrides=["training.runs.delta.beta=0.5", "seeds=[3, 4]", "evaluation.claims.0=delta > weak"])
+    recipe = load(
+        tmp_path, overrides=["training.runs.delta.beta=0.5", "seeds=[3, 4]", "evaluation.claims.0=delta > weak"]
+    )
     assert recipe.training is not None and recipe.training.runs["delta"].beta == 0.5
     assert recipe.seeds == [3, 4]
     assert recipe.evaluation is not None and recipe.evaluation.claims == ["delta > weak"]

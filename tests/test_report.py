@@ -23,7 +23,7 @@ from deltaray.report.read import number, read_study, split_seed
 from deltaray.report.summary import claims, summarize
 
 sys.path.insert(0, str(Path(__file__).parent / "browser"))
-import report_study  # noqa: E402
+import report_study
 
 SECTIONS = ("results", "training", "funnel", "lengths", "pairs", "time", "recipe")
 
@@ -91,9 +91,7 @@ def test_better_is_said_only_of_a_claim_that_holds(
     low: float | None, high: float | None, holds: bool | None, verdict: str
 ) -> None:
     difference = None if low is None or high is None else (low + high) / 2
-    claim = claims(
-        evaluations(Comparison("delta", "student", "mean", difference, low, high, holds, "bootstrap"))
-    )[0]
+    claim = claims(evaluations(Comparison("delta", "student", "mean", difference, low, high, holds, "bootstrap")))[0]
     assert claim.verdict == verdict
     assert ("better" in claim.sentence) is (verdict == "holds")
 
@@ -117,9 +115,7 @@ def test_seeds_are_named_in_the_summary(tmp_path: Path) -> None:
     out = report_study.build_study(tmp_path / "study", pairs=2, seeds=(0, 1, 2))
     study = read_study(out, 10)
     assert "means over 3 training seeds" in summarize(study)
-    assert {(run.group, run.seed) for run in study.runs if run.group == "delta"} == {
-        ("delta", i) for i in range(3)
-    }
+    assert {(run.group, run.seed) for run in study.runs if run.group == "delta"} == {("delta", i) for i in range(3)}
     curves = build._figures(study)["curves"][0].data
     assert len({trace["line"]["color"] for trace in curves if trace["meta"] == "delta"}) == 1
 
@@ -189,6 +185,27 @@ def test_every_chart_colour_is_in_the_style_sheet_twice(html: str, page: Page) -
     style = html[html.index("<style>") : html.index("</style>")]
     for name in set(re.findall(r'"@([a-z0-9-]+)"', page.scripts["figure-data"])):
         assert len(re.findall(rf"--{name}:", style)) == 2, name
+
+
+def luminance(colour: str) -> float:
+    """Relative luminance of `#rrggbb` as WCAG defines it."""
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_colours_contrast(dark: bool) -> None:
+    style = (build.HERE / "static" / "report.css").read_text(encoding="utf-8")
+    blocks = re.findall(r":root \{(.*?)\}", style, re.DOTALL)
+    colours = dict(re.findall(r"--([\w-]+): (#\w{6})", blocks[dark]))
+    text = [(ink, ground) for ink in ("ink", "muted", "accent") for ground in ("page", "panel", "soft")]
+    text += [("good", "good-soft"), ("bad", "bad-soft"), ("ink", "mark")]
+    lines = [(name, "panel") for name in ("chosen", "rejected", *(f"c{i}" for i in range(1, 9)))]
+    for pairs, least in ((text, 4.5), (lines, 3.0)):
+        for front, back in pairs:
+            low, high = sorted([luminance(colours[front]), luminance(colours[back])])
+            assert (high + 0.05) / (low + 0.05) >= least, (front, back)
 
 
 def test_empty_folder_says_what_produces_each_part(tmp_path: Path) -> None:
@@ -266,8 +283,7 @@ def test_other_scores_are_not_called_right_or_wrong(tmp_path: Path) -> None:
     folder = tmp_path / "pairs" / "pairing=size"
     folder.mkdir(parents=True)
     rows = [
-        report_study.pair(random.Random(0), "size", i) | {"chosen_score": 3.0, "rejected_score": 1.5}
-        for i in range(9)
+        report_study.pair(random.Random(0), "size", i) | {"chosen_score": 3.0, "rejected_score": 1.5} for i in range(9)
     ]
     table = pa.Table.from_pylist(rows, report_study.PAIRS).drop_columns(["answer", "source", "chosen_sample"])
     pq.write_table(table, folder / "part.parquet")

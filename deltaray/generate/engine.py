@@ -145,6 +145,8 @@ class Engine:
         The unit's `model` names the weights to use. Raises ValueError for a sampling setting that vLLM does not
         know and for weights that do not fit the engine.
         """
+        if len(unit["prompt_ids"]) != len(unit["token_ids"]):
+            raise ValueError(f"unit {unit['unit_id']}: prompt_ids and token_ids differ in length")
         job = _Job(unit, Future(), [[{}] * unit["samples"] for _ in unit["token_ids"]], 0)
         job.done.set_running_or_notify_cancel()  # from here on nobody can cancel it under the engine's feet
         self._inbox.put(job)
@@ -161,6 +163,7 @@ class _Stepper:
 
     def __init__(self, spec: EngineSpec, inbox: "queue.SimpleQueue[_Job | None]") -> None:
         from vllm.engine.arg_utils import EngineArgs
+        from vllm.exceptions import VLLMClientError
         from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.llm_engine import LLMEngine
 
@@ -172,6 +175,7 @@ class _Stepper:
         self.waiting: collections.deque[_Job] = collections.deque()
         self.running: dict[str, tuple[_Job, int, int]] = {}  # request id -> its unit, prompt and sample
         self.names = itertools.count()
+        self.refusals = (VLLMClientError, ValueError, TypeError)  # what vLLM raises of a request it will not take
 
     @classmethod
     def run(cls, spec: EngineSpec, inbox: "queue.SimpleQueue[_Job | None]", ready: "Future[None]") -> None:
@@ -222,6 +226,8 @@ class _Stepper:
             check_same_model(self.spec, model)
             self.weights = None  # until they are all in, the engine holds a mixture
             self.engine.collective_rpc("reload_weights", kwargs={"weights_path": model})
+            if self.spec.gpus == 0:
+                self.engine.collective_rpc(_repack_tied_head)
             if not self.engine.reset_prefix_cache():  # it holds keys and values of the old weights
                 raise RuntimeError("vLLM would not empty its prefix cache")
             self.weights = model
@@ -237,7 +243,7 @@ class _Stepper:
         unit, samples = job.unit, job.unit["samples"]
         try:
             parameters = sampling_parameters(unit["sampling"], unit["prompt_ids"], samples)
-        except (TypeError, ValueError) as error:  # the same for every row, so a mistake in the settings
+        except self.refusals as error:  # the same for every row, so a mistake in the settings
             job.done.set_exception(ValueError(f"unit {unit['unit_id']}: sampling {unit['sampling']}: {error}"))
             return
         job.missing = len(parameters)
@@ -248,14 +254,12 @@ class _Stepper:
 
     def request(self, job: _Job, prompt: int, sample: int, parameters: Any) -> None:
         """Asks for one answer; a prompt that vLLM refuses (too long, empty, unknown token) is answered at once."""
-        from vllm.exceptions import VLLMClientError
-
         name = str(next(self.names))
         ids = [int(token) for token in job.unit["token_ids"][prompt]]
         try:
             self.engine.add_request(name, {"prompt_token_ids": ids}, parameters)
             self.running[name] = (job, prompt, sample)
-        except (VLLMClientError, ValueError, TypeError) as error:
+        except self.refusals as error:
             self.answer(job, prompt, sample, failed(str(error)))
 
     def step(self) -> None:
@@ -270,6 +274,19 @@ class _Stepper:
         job.missing -= 1
         if job.missing == 0:
             job.done.set_result(job.outputs)
+
+
+def _repack_tied_head(worker: Any) -> None:
+    """Mends vLLM 0.32's reload on CPU for models whose output layer shares the embedding's weights.
+
+    Linear layers on CPU multiply with a packed copy of their weights. A tied output layer has no weights of its own
+    in the checkpoint, so the reload does not pack it again, and it would silently go on with the old model's.
+    """
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    for module in worker.model_runner.get_model().modules():
+        if isinstance(module, ParallelLMHead):
+            module.quant_method.process_weights_after_loading(module)
 
 
 def sampling_parameters(settings: str, prompt_ids: Sequence[str], samples: int) -> list[Any]:

@@ -54,7 +54,7 @@ def _dataset(units: list[Unit], spec: EngineSpec, load: Callable, write: Callabl
     _configure(dataset.context)
     replicas = min(spec.max_replicas, len(units))
     # One loading and one writing task per engine keep up with it, and keep small machines small.
-    tasks = {"num_cpus": TASK_CPUS, "concurrency": replicas}
+    tasks = {"num_cpus": TASK_CPUS, "compute": ray.data.TaskPoolStrategy(size=replicas)}
     dataset = dataset.map(_task("load", load), **tasks)
     in_flight = _in_flight(units, spec, replicas)
     pool = ray.data.ActorPoolStrategy(

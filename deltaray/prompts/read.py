@@ -24,11 +24,12 @@ class PromptRow(TypedDict):
     source: str | None
 
 
-def read_prompts(path: str, key: str, limit: int | None = None) -> list[PromptRow]:
+def read_prompts(path: str, key: str, limit: int | None = None, drop_duplicates: bool = False) -> list[PromptRow]:
     """All prompts of a file, checked.
 
     Args:
         path: the file or dataset id. `key`: the recipe's key that names it, for messages. `limit`: rows to use.
+        drop_duplicates: keep the first row of an id or text instead of refusing the second.
     Raises:
         UserError: names the file, the row (its line where the format has lines) and the mend.
     """
@@ -37,6 +38,8 @@ def read_prompts(path: str, key: str, limit: int | None = None) -> list[PromptRo
     for where, raw in _open(path, key):
         row = _normalise(raw, where)
         if row["prompt_id"] in seen:
+            if drop_duplicates:
+                continue
             kind = "id" if raw.get("id") is not None else "prompt"
             raise UserError(f"{where}: the same {kind} as {seen[row['prompt_id']]}; keep one, or give each its own id")
         seen[row["prompt_id"]] = where
@@ -48,14 +51,19 @@ def read_prompts(path: str, key: str, limit: int | None = None) -> list[PromptRo
     return rows
 
 
+def is_hub_dataset(path: str) -> bool:
+    """`owner/name` that is no file here."""
+    return not Path(path).exists() and not Path(path).suffix and not Path(path).is_absolute() and path.count("/") == 1
+
+
 def _open(path: str, key: str) -> Iterator[tuple[str, dict[str, Any]]]:
     file = Path(path)
     if file.is_dir():
         raise UserError(f"{key}: {path} is a folder; name one file")
-    if not file.exists():
-        if file.suffix or file.is_absolute() or path.count("/") != 1:
-            raise UserError(f"{key}: there is no file {path}; give a JSONL, JSON, Parquet or CSV file")
+    if is_hub_dataset(path):
         return _dataset(path, key)
+    if not file.exists():
+        raise UserError(f"{key}: there is no file {path}; give a JSONL, JSON, Parquet or CSV file")
     readers = {".jsonl": _jsonl, ".json": _json, ".parquet": _parquet, ".csv": _csv}
     if file.suffix not in readers:
         raise UserError(f"{key}: {path}: unknown kind {file.suffix!r}; use .jsonl, .json, .parquet or .csv")

@@ -19,9 +19,11 @@ class Section(BaseModel):
 
 class Prompts(Section):
     path: str
-    """JSONL, JSON, Parquet or CSV with `prompt` (text) or `messages`, optionally `id`, `answer`, `source`."""
+    """JSONL, JSON, Parquet, CSV or a Hugging Face dataset id, with `prompt` (text) or `messages`, optionally `id`, `answer`, `source`."""
     limit: int | None = Field(None, ge=1)
     """Use the first so many rows only."""
+    duplicates: Literal["refuse", "drop"] = "refuse"
+    """What to do with a second row of the same id or text: hub data sets often repeat prompts."""
 
 
 class Sampling(Section):

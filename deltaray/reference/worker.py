@@ -7,7 +7,8 @@ import pyarrow as pa
 import torch
 
 from deltaray.chat import load_tokenizer
-from deltaray.contracts import PROMPTS, REFERENCES
+from deltaray.contracts import REFERENCES
+from deltaray.prompts.shards import shard_name
 from deltaray.recipe.models import Student, Training
 from deltaray.store import Store
 from deltaray.train.batches import pad, pad_id_of, response_ids
@@ -37,9 +38,10 @@ class ReferenceWorker:
         return row
 
     def _prompts(self, file: str) -> dict[str, Any]:
-        """Messages by prompt_id of the shard whose name a file of responses bears."""
-        prompts = self.store.read_table(f"{Store.prompts}/{file}", ["prompt_id", "messages"])
-        return dict(zip(*(prompts.select(["prompt_id", "messages"]).to_pydict().values()), strict=True))
+        """Messages by prompt_id of the shard that a file of responses (`<shard>-<unit>.parquet`) answers."""
+        shard = shard_name(file).rpartition("-")[0]
+        table = self.store.read_table(f"{Store.prompts}/{shard}.parquet", ["prompt_id", "messages"])
+        return dict(zip(table["prompt_id"].to_pylist(), table["messages"].to_pylist(), strict=True))
 
     def judge(self, responses: Sequence[Row], prompts: dict[str, Any]) -> list[Row]:
         """Rows of REFERENCES in the order of the responses; those whose prompt leaves no room are missing."""

@@ -140,7 +140,7 @@ def _score_dot(model: Model, measure: Measure, scale: Scale, palette: dict[str, 
         "x": [measure.mean], "y": [model.name],
         "error_x": {"type": "data", "array": [measure.stderr or 0.0], "color": colour, "thickness": 2,
                     "width": 6},
-        "marker": {"symbol": SYMBOLS.get(model.role, "circle"), "size": 8, "color": fill,
+        "marker": {"symbol": SYMBOLS.get(model.role, "circle"), "size": 7, "color": fill,
                    "line": {"color": colour, "width": 1.8}},
         "hovertemplate": f"%{{y}}: {_with_error(measure, scale)}{size}<extra></extra>",
     }  # fmt: skip

@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml  # type: ignore[import-untyped]
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 from .model import Comparison, Evaluations, FunnelStep, Measure, Model, Run, Stage, Study
 from .pairs import BUDGET, Sample, read_pairing
@@ -33,8 +34,7 @@ def read_study(out: Path, limit: int, seed: int = 0) -> Study:
     folders = [path for path in sorted((out / "pairs").glob("pairing=*")) if path.is_dir()]
     sample = Sample(limit, BUDGET // max(len(folders), 1), seed)
     pairings = tuple(
-        read_pairing(folder, _attempt(folder / "funnel.json", _funnel, (), notes), sample, notes)
-        for folder in folders
+        read_pairing(folder, _attempt(folder / "funnel.json", _funnel, (), notes), sample, notes) for folder in folders
     )
     teachers = {teacher for pairing in pairings for teacher in pairing.teachers}
     evaluations = _evaluations(out / "evaluation", teachers, notes)
@@ -70,8 +70,8 @@ def _attempt(path: Path, read: Callable[[Path], Value], missing: Value, notes: l
 def _study_name(recipe: str | None) -> str | None:
     """The recipe's `name`, when it has one."""
     try:
-        parsed = yaml.safe_load(recipe or "")
-    except yaml.YAMLError:
+        parsed = YAML(typ="safe").load(recipe or "")
+    except YAMLError:
         return None
     name = parsed.get("name") if isinstance(parsed, dict) else None
     return str(name) if name else None
@@ -94,8 +94,7 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
 
 def _funnel(path: Path) -> tuple[FunnelStep, ...]:
     return tuple(
-        FunnelStep(str(row["stage"]), int(row["in"]), int(row["out"]), int(row["removed"]))
-        for row in _json(path)
+        FunnelStep(str(row["stage"]), int(row["in"]), int(row["out"]), int(row["removed"])) for row in _json(path)
     )
 
 
@@ -180,9 +179,7 @@ def _comparison(entry: dict[str, Any]) -> Comparison:
     )
 
 
-def _collected(
-    files: dict[str, dict[str, dict[str, Any]]], teachers: set[str], metrics: dict[str, str]
-) -> Evaluations:
+def _collected(files: dict[str, dict[str, dict[str, Any]]], teachers: set[str], metrics: dict[str, str]) -> Evaluations:
     """Means per name over the seeds of single result files; roles follow the names of the contract."""
     grouped: dict[str, list[dict[str, dict[str, Any]]]] = {}
     seeds: set[int] = set()

@@ -6,7 +6,7 @@ from typing import Any
 
 from deltaray.chat import load_tokenizer
 from deltaray.errors import UserError
-from deltaray.prompts import PromptRow, read_prompts
+from deltaray.prompts import PromptRow, is_hub_dataset, read_prompts
 from deltaray.recipe.models import Model
 from deltaray.recipe.study import Study
 
@@ -20,15 +20,39 @@ def check_inputs(study: Study) -> list[PromptRow]:
     Raises:
         UserError: the first mistake found, with file, key or row and the mend.
     """
-    recipe = study.recipe
-    prompts = read_prompts(recipe.prompts.path, "prompts.path", recipe.prompts.limit)
-    if recipe.evaluation:
+    prompts = study_prompts(study)
+    if study.recipe.evaluation:
         check_tasks(study)
-    for name, teacher in study.teachers.items():
-        check_model(teacher, f"teachers.{_base(name)}")
-    for student in study.students.values():
-        check_model(student, "student")
+    for key, model in models_of(study):
+        check_model(model, key)
     return prompts
+
+
+def check_local_inputs(study: Study) -> int | None:
+    """The same for what lies on this machine; what is on a hub is looked at when it runs.
+
+    Returns:
+        the number of prompts; None if they are on a hub.
+    """
+    hub = is_hub_dataset(study.recipe.prompts.path)
+    prompts = None if hub else len(study_prompts(study))
+    if study.recipe.evaluation:
+        check_tasks(study)
+    for key, model in models_of(study):
+        if is_local(model.model):
+            check_model(model, key)
+    return prompts
+
+
+def study_prompts(study: Study) -> list[PromptRow]:
+    prompts = study.recipe.prompts
+    return read_prompts(prompts.path, "prompts.path", prompts.limit, prompts.duplicates == "drop")
+
+
+def models_of(study: Study) -> list[tuple[str, Model]]:
+    """All models of a study with the recipe's key that names them."""
+    teachers: list[tuple[str, Model]] = [(f"teachers.{_base(name)}", it) for name, it in study.teachers.items()]
+    return [*teachers, *(("student", student) for student in study.students.values())]
 
 
 def check_tasks(study: Study) -> None:

@@ -54,7 +54,7 @@ def _missing(job: Job) -> list[TrainingRun]:
 
 
 def _train(job: Job, run: TrainingRun) -> None:
-    student, started = job.students[run.student], time.monotonic()
+    student = job.students[run.student]
     tokenizer = load_tokenizer(student, "student")
     examples, dropped = read_examples(job.store, tokenizer, run, student.max_length)
     if not examples:
@@ -85,12 +85,8 @@ class Trainer:
         **overrides: Any,
     ) -> None:
         torch.manual_seed(run.settings.seed)
-        self.micro_batch_size, self.run, self.examples, self.pad_id = (
-            training.micro_batch_size,
-            run.settings,
-            examples,
-            pad_id,
-        )
+        self.micro_batch_size, self.pad_id = training.micro_batch_size, pad_id
+        self.run, self.examples = run.settings, examples
         self.loss = LOSSES[run.settings.loss]
         self.rank, self.workers = dist.get_rank(), dist.get_world_size()
         self.engine = start_engine(student, training, run.settings, **overrides)

@@ -5,7 +5,7 @@ import threading
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
@@ -16,9 +16,6 @@ from deltaray.recipe.models import Training
 from deltaray.recipe.study import Study, TrainingRun
 from deltaray.runtime.session import Capacity, logs_of_ray
 from deltaray.store import Store
-
-if TYPE_CHECKING:
-    from deltaray.train.loop import Job
 
 OnProgress = Callable[[str, int, int, dict[str, Any]], None]
 """(run, steps done, steps in all, the metrics of the last step; empty when the run starts)."""
@@ -78,7 +75,7 @@ def _trainer(
     )
 
 
-def _work(job: "dict[str, Any]") -> None:
+def _work(job: dict[str, Any]) -> None:
     # torch and DeepSpeed are imported in the workers only.
     from deltaray.train.loop import Job, train_runs
 

@@ -164,9 +164,7 @@ def write_evaluations(out: Path, seeds: tuple[int, ...] = (0,)) -> None:
     tasks = ["addition", "addition_sampled"]
     names = {}
     for name, (role, greedy, sampled) in values.items():
-        measures = dict(
-            zip(tasks, [measure(greedy, seeds, 0.011), measure(sampled, seeds, 0.009)], strict=True)
-        )
+        measures = dict(zip(tasks, [measure(greedy, seeds, 0.011), measure(sampled, seeds, 0.009)], strict=True))
         names[name] = {"role": role, "tasks": measures, "mean": measure((greedy + sampled) / 2, seeds, 0.008)}
         result = {
             task: {"metric": "exact match", "value": row["mean"], "stderr": row["stderr"], "n": 2000}
@@ -190,9 +188,7 @@ def measure(mean: float, seeds: tuple[int, ...], stderr: float) -> dict[str, Any
     return {"mean": mean, "stderr": stderr, "values": values, "n": 2000}
 
 
-def comparison(
-    better: str, worse: str, task: str, difference: float, low: float, high: float
-) -> dict[str, Any]:
+def comparison(better: str, worse: str, task: str, difference: float, low: float, high: float) -> dict[str, Any]:
     """One checked claim."""
     return {
         "better": better, "worse": worse, "task": task, "difference": difference, "low": low, "high": high,
