@@ -8,6 +8,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.table import Table
+from typer.exceptions import TyperException
 
 from deltaray.errors import StageError, UserError
 from deltaray.runtime.terminal import Terminal
@@ -39,7 +40,7 @@ def main() -> NoReturn:
     except (KeyboardInterrupt, typer.Abort):
         terminal.say("interrupted; what is committed is safe: run the same command again to resume")
         code = INTERRUPTED
-    except typer.TyperException as error:
+    except TyperException as error:
         terminal.say(f"error: {error.format_message()}")
         code = 2
     sys.exit(code)
@@ -128,7 +129,8 @@ def plan(
     pipeline = _pipeline(context, recipe, overrides)
     items, capacity = pipeline.plan()
     if as_json:
-        return context.obj.result_json(plan_json(pipeline.study, pipeline.store, items, capacity))
+        context.obj.result_json(plan_json(pipeline.study, pipeline.store, items, capacity))
+        return
     table = Table(title=f"{pipeline.recipe.name} -> {pipeline.store.out}", title_justify="left")
     for column in ("stage", "what", "done", "of", "unit", "where"):
         table.add_column(column, justify="right" if column in ("done", "of") else "left")

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,10 +57,12 @@ class Pipeline:
         return prompts
 
     def _family_missing(self) -> bool:
+        if self.recipe.miniature is None:
+            return False
         from deltaray.miniature.make import is_made
 
-        miniature = self.recipe.miniature
-        return miniature is not None and not all(is_made(Path(miniature.directory), seed) for seed in self.recipe.seeds)
+        directory = Path(self.recipe.miniature.directory)
+        return not all(is_made(directory, seed) for seed in self.recipe.seeds)
 
     # --- running ----------------------------------------------------------------------------------------------
     def run(self, stages: list[str] | None = None) -> None:
@@ -192,7 +195,9 @@ class Pipeline:
                 raise UserError(f"{self.store.out}: pairing {run.pairing} has no pairs yet; run `deltaray pair` first")
         self._reference(runs)
         with self._stage("train", "students", len(runs)) as progress:
-            train(self.study, self.store, runs, lambda *event: progress.update(*event[:3], **_training_note(event[3])))
+            train(
+                self.study, self.store, runs, lambda *event: progress.update(*event[:3], note=_training_note(event[3]))
+            )
 
     def _reference(self, runs: list[TrainingRun]) -> None:
         """Reference log-probs, once per response, for the runs whose loss compares with a reference."""
@@ -227,12 +232,13 @@ class Pipeline:
         self.terminal.say(f"report: {build_report(self.store.local)}")
 
 
-def _training_note(metrics: dict[str, Any]) -> dict[str, str]:
-    if not metrics:
-        return {}
-    accuracy = metrics["rewards_accuracy"]
-    right = "" if accuracy is None else f", accuracy {accuracy:.2f}"
-    return {"note": f"loss {metrics['loss']:.4f}{right}, {metrics['tokens_per_second']:,.0f} tokens/s"}
+def _show_training(progress: StageProgress, run: str, step: int, total: int, metrics: dict[str, Any]) -> None:
+    note = ""
+    if metrics:
+        accuracy = metrics["rewards_accuracy"]
+        right = "" if accuracy is None else f", accuracy {accuracy:.2f}"
+        note = f"loss {metrics['loss']:.4f}{right}, {metrics['tokens_per_second']:,.0f} tokens/s"
+    progress.update(run, step, total, note=note)
 
 
 def _failure(stage: str, error: Exception, log: Path) -> str:

@@ -120,11 +120,13 @@ class Store:
 
     def write_bytes(self, path: str, content: bytes | pa.Buffer) -> None:
         folder, _, name = path.rpartition("/")
-        self.filesystem.create_dir(folder, recursive=True) if folder else self.filesystem.create_dir("", recursive=True)
         if self.local is None:
+            if folder:
+                self.filesystem.create_dir(folder, recursive=True)
             with self.filesystem.open_output_stream(path) as sink:
                 sink.write(content)
             return
+        (self.local / folder).mkdir(parents=True, exist_ok=True)
         hidden = self.local / folder / f".{name}.{uuid.uuid4().hex}"
         with hidden.open("wb") as sink:
             sink.write(content)

@@ -78,13 +78,13 @@ def test_missing_units_are_exactly_what_is_not_committed(store: Store) -> None:
         units = missing_units(store, Store.prompts, "responses", Model(model="m"), sampling)
         return {unit["destination"]: unit["prompt_ids"] for unit in units}
 
-    assert sorted(sum(missing().values(), [])) == sorted(str(n) for n in range(10))
+    assert sorted(item for ids in missing().values() for item in ids) == sorted(str(n) for n in range(10))
     assert missing() == missing()  # deterministic names
     [first, second, third] = missing()
     store.write_table(first, table("0", "1", "2", "3", samples=2), SCORES)
     store.write_table(second, table("4", "6", samples=2), SCORES)
     store.write_table(third, table("8", samples=2), SCORES)
-    assert sorted(sum(missing().values(), [])) == ["5", "7", "9"]
+    assert sorted(item for ids in missing().values() for item in ids) == ["5", "7", "9"]
     assert not set(missing()) & {first, second}  # a file is never overwritten by another set of prompts
 
 

@@ -77,8 +77,9 @@ def _claim(study: Study, store: Store, claim: str, results: dict[str, Any]) -> d
     if any(model is None or model.name not in results for model in (*better, *worse)):
         return None
     if len(study.recipe.seeds) == 1:
-        sides = _paired_scores(study, store, [model.name for model in (*better, *worse) if model], results)
-        difference, low, high = paired_bootstrap(*sides)
+        names = [model.name for model in (*better, *worse) if model]
+        left, right = _paired_scores(study, store, names, results)
+        difference, low, high = paired_bootstrap(left, right)
         method = "paired bootstrap over prompts, 95 %"
     else:
         values = ([results[model.name]["mean"] for model in side if model] for side in (better, worse))

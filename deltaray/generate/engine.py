@@ -69,7 +69,7 @@ class EngineSpec:
     def arguments(self) -> dict[str, Any]:
         """vLLM's engine arguments; `engine_kwargs` has the last word."""
         world = self.tensor_parallel * self.pipeline_parallel
-        arguments = {
+        arguments: dict[str, Any] = {
             "model": self.model,
             "dtype": self.dtype,
             "max_model_len": self.max_model_len,
@@ -110,7 +110,8 @@ class EngineSpec:
 def request_seed(base: int, prompt_id: str, sample: int) -> int:
     """The seed of one answer: the same in every run, process and place, different for every answer."""
     key = json.dumps([base, prompt_id, sample]).encode()
-    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 1  # vLLM wants a signed 64 bit
+    digest = hashlib.blake2b(key, digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1  # vLLM wants a signed 64 bit number
 
 
 @dataclasses.dataclass
@@ -175,7 +176,7 @@ class _Stepper:
         self.waiting: collections.deque[_Job] = collections.deque()
         self.running: dict[str, tuple[_Job, int, int]] = {}  # request id -> its unit, prompt and sample
         self.names = itertools.count()
-        self.refusals = (VLLMClientError, ValueError, TypeError)  # what vLLM raises of a request it will not take
+        self.refusals = (VLLMClientError, ValueError, TypeError)  # raised for requests that vLLM will not take
 
     @classmethod
     def run(cls, spec: EngineSpec, inbox: "queue.SimpleQueue[_Job | None]", ready: "Future[None]") -> None:
@@ -244,11 +245,13 @@ class _Stepper:
         try:
             parameters = sampling_parameters(unit["sampling"], unit["prompt_ids"], samples)
         except self.refusals as error:  # the same for every row, so a mistake in the settings
-            job.done.set_exception(ValueError(f"unit {unit['unit_id']}: sampling {unit['sampling']}: {error}"))
+            message = f"unit {unit['unit_id']}: sampling {unit['sampling']}: {error}"
+            job.done.set_exception(ValueError(message))
             return
         job.missing = len(parameters)
         for place, parameter in enumerate(parameters):
-            self.request(job, *divmod(place, samples), parameter)
+            prompt, sample = divmod(place, samples)
+            self.request(job, prompt, sample, parameter)
         if not parameters:
             job.done.set_result([])
 
@@ -333,12 +336,11 @@ def check_same_model(spec: EngineSpec, model: str) -> None:
     from transformers import AutoConfig
 
     if spec.engine_kwargs.get("revision"):
-        raise ValueError(f"{spec.model}: an engine of a pinned revision cannot load other weights and come back")
+        raise ValueError(f"{spec.model}: with a pinned revision an engine cannot load other weights and come back")
     trust = bool(spec.engine_kwargs.get("trust_remote_code"))
-    ours, theirs = (
-        AutoConfig.from_pretrained(name, trust_remote_code=trust).to_dict() for name in (spec.model, model)
-    )
+    ours, theirs = (AutoConfig.from_pretrained(name, trust_remote_code=trust).to_dict() for name in (spec.model, model))
     keys = (ours.keys() | theirs.keys()) - COSMETIC
     different = sorted(key for key in keys if ours.get(key) != theirs.get(key))
     if different:
-        raise ValueError(f"the weights of {model} do not fit an engine of {spec.model}: {', '.join(different)} differ")
+        what = ", ".join(different)
+        raise ValueError(f"the weights of {model} do not fit an engine of {spec.model}: {what} differ")

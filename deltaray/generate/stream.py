@@ -7,6 +7,7 @@ error column that is null throughout one block, token lists that happen to be eq
 
 import math
 import pickle
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -37,7 +38,8 @@ def stream_units(
     """
     if not units:
         return
-    dataset = _dataset(sorted(units, key=lambda unit: unit["model"]), spec, load, write)  # few swaps of weights
+    few_swaps = sorted(units, key=lambda unit: unit["model"])
+    dataset = _dataset(few_swaps, spec, load, write)
     batches = iter(dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0))
     try:
         for batch in batches:
@@ -46,7 +48,7 @@ def stream_units(
         batches.close()  # shuts the executor down now, not when it is garbage-collected
 
 
-def _dataset(units: list[Unit], spec: EngineSpec, load: Callable, write: Callable) -> Any:
+def _dataset(units: list[Unit], spec: EngineSpec, load: Callable[[Unit], Unit], write: Callable[[Unit], Unit]) -> Any:
     """The lazy plan: one block, and so one task, per unit in each of the three operators."""
     import ray
 
@@ -58,11 +60,13 @@ def _dataset(units: list[Unit], spec: EngineSpec, load: Callable, write: Callabl
     dataset = dataset.map(_task("load", load), **tasks)
     in_flight = _in_flight(units, spec, replicas)
     pool = ray.data.ActorPoolStrategy(
-        min_size=min(spec.min_replicas, replicas), max_size=replicas, max_tasks_in_flight_per_actor=in_flight
+        min_size=min(spec.min_replicas, replicas),
+        max_size=replicas,
+        max_tasks_in_flight_per_actor=in_flight,
+        max_concurrent_calls_per_actor=in_flight,
     )
-    dataset = dataset.map(
-        _PoolWorker, fn_constructor_args=(spec,), compute=pool, max_concurrency=in_flight, **_resources(spec)
-    )
+    warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")  # no named one bounds the retries
+    dataset = dataset.map(_PoolWorker, fn_constructor_args=(spec,), compute=pool, **_resources(spec))
     return dataset.map(_task("write", write), **tasks)
 
 
@@ -88,9 +92,10 @@ def _resources(spec: EngineSpec) -> dict[str, Any]:
 
 
 def _in_flight(units: list[Unit], spec: EngineSpec, replicas: int) -> int:
-    """Units that one engine has at once: enough requests that its batch stays full while units end and begin,
+    """How many units one engine has at once.
 
-    but never more than its share of the units, or the first engine up would take them all.
+    Enough requests that its batch stays full while units end and begin, but never more than its share of the
+    units, or the first engine up would take them all.
     """
     requests = sum(len(unit["prompt_ids"]) * unit["samples"] for unit in units) / len(units)
     wanted = math.ceil(2 * spec.engine_kwargs.get("max_num_seqs", RUNNING_REQUESTS) / max(requests, 1))

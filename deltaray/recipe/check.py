@@ -1,7 +1,7 @@
 """What a recipe's single values cannot tell: names that must exist elsewhere in it, sections that need another."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from difflib import get_close_matches
 
 from deltaray.recipe.models import Recipe
@@ -13,9 +13,9 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 CLAIM = re.compile(r"\s*(\S+)\s*>\s*(\S+)\s*")
 
 
-def unknown(kind: str, name: str, known: object) -> str:
+def unknown(kind: str, name: str, known: Iterable[str]) -> str:
     """The message for a name that does not exist, with the nearest that does."""
-    names = sorted(str(item) for item in known)  # type: ignore[attr-defined]
+    names = sorted(known)
     close = get_close_matches(name, names, n=1)
     hint = f"did you mean {close[0]!r}?" if close else f"write one of: {', '.join(names) or '(none defined)'}"
     return f"there is no {kind} {name!r}; {hint}"
@@ -30,9 +30,12 @@ def check_recipe(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _check_names(recipe: Recipe) -> Iterator[Problem]:
-    sections = {"teachers": recipe.teachers, "pairings": recipe.pairings, "scorers": recipe.scorers}
-    if recipe.training:
-        sections["training.runs"] = recipe.training.runs  # type: ignore[assignment]
+    sections: dict[str, Mapping[str, object]] = {
+        "teachers": recipe.teachers,
+        "scorers": recipe.scorers,
+        "pairings": recipe.pairings,
+        "training.runs": recipe.training.runs if recipe.training else {},
+    }
     for section, entries in sections.items():
         for name in entries:
             if not NAME.fullmatch(name):

@@ -19,7 +19,8 @@ class Section(BaseModel):
 
 class Prompts(Section):
     path: str
-    """JSONL, JSON, Parquet, CSV or a Hugging Face dataset id, with `prompt` (text) or `messages`, optionally `id`, `answer`, `source`."""
+    """JSONL, JSON, Parquet, CSV or a hub dataset id, with `prompt` (text) or `messages`, optionally `id`, `answer`,
+    `source`."""
     limit: int | None = Field(None, ge=1)
     """Use the first so many rows only."""
     duplicates: Literal["refuse", "drop"] = "refuse"

@@ -1,5 +1,6 @@
 """The reference stage: for every file of responses the file of their log-probabilities under the untouched student."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 
 import ray
@@ -8,7 +9,11 @@ from deltaray.errors import StageError, UserError
 from deltaray.recipe.models import Training
 from deltaray.recipe.study import Study, TrainingRun
 from deltaray.runtime.session import Capacity, logs_of_ray
+from deltaray.runtime.stream import quiet_ray_data
 from deltaray.store import Store
+
+RESPONSES_PER_WORKER = 8192
+"""Below so many each, another worker costs more to start than it saves."""
 
 OnProgress = Callable[[str, int, int], None]
 """(teacher, files of its responses done, files in all)."""
@@ -57,12 +62,15 @@ def _stream(study: Study, training: Training, store: Store, student: str, work: 
     """The teacher of each file as it is committed."""
     from deltaray.reference.worker import ReferenceWorker
 
+    quiet_ray_data()
     gpus = Capacity(0, ray.cluster_resources().get("GPU", 0)).gpus_per_worker(training.gpus_per_worker)
     rows = [{"teacher": teacher, "file": name} for teacher, name in work]
+    responses = sum(store.count_rows(Store.responses(teacher)) for teacher in {teacher for teacher, _ in work})
+    workers = min(training.workers, len(rows), math.ceil(responses / RESPONSES_PER_WORKER) or 1)
     stream = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
         ReferenceWorker,
         fn_constructor_args=(store, student, study.students[student], training),
-        compute=ray.data.ActorPoolStrategy(size=min(training.workers, len(rows))),
+        compute=ray.data.ActorPoolStrategy(size=workers),
         num_cpus=training.cpus_per_worker,
         num_gpus=gpus or None,
     )
@@ -75,10 +83,10 @@ def _stream(study: Study, training: Training, store: Store, student: str, work: 
 
 def _failure(error: BaseException, student: str) -> Exception:
     cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, UserError):
+    while cause is not None:
+        if isinstance(cause, UserError):
+            return cause
         cause = getattr(cause, "cause", None) or cause.__cause__
-    if cause is not None:
-        return cause if isinstance(cause, Exception) else error  # type: ignore[return-value]
     message = str(error).strip().splitlines()[-1]
     return StageError(
         f"reference pass of {student} failed: {message}\nlog: {logs_of_ray()}\nrun the same command to resume"

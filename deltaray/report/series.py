@@ -37,7 +37,7 @@ def length_chart(pairing: Pairing, position: int) -> Chart:
     starts = np.arange(0, top + 1, width)
     sides = (("chosen", pairing.chosen_lengths), ("rejected", pairing.rejected_lengths))
     data = [_length_steps(side, lengths, starts, width, top) for side, lengths in sides]
-    layout = frame("tokens", "share of answers") | {"hovermode": "x"}
+    layout = frame("tokens", "share of answers")
     layout["xaxis"] |= {"zeroline": False, "range": [0, int(starts[-1]) + width]}
     layout["yaxis"] |= {"tickformat": ".0%", "rangemode": "tozero"}
     return Chart(f"length-{position}", pairing.name, _length_alt(pairing), 220, "length", data, layout)
@@ -75,7 +75,7 @@ def _curve(run: Run, metric: str, dash: str, word: str, palette: dict[str, str])
         "type": "scatter", "mode": "lines" if len(points) > 1 else "markers", "name": name, "meta": run.group,
         "x": steps, "y": values, "line": {"color": palette.get(run.group, "@c1"), "width": 1.8, "dash": dash},
         "opacity": 1.0 if run.seed in (None, 0) else 0.6,
-        "hovertemplate": "step %{x}: %{y:.4g}<extra>%{fullData.name}</extra>",
+        "hovertemplate": "%{fullData.name}, step %{x:.0f}: %{y:.4g}<extra></extra>",
     }  # fmt: skip
 
 
@@ -96,7 +96,7 @@ def _length_steps(side: str, lengths: Tokens, starts: Tokens, width: int, top: i
         "type": "scatter", "mode": "lines", "name": side, "fill": "tozeroy", "fillcolor": f"@{side}-fill",
         "x": [*starts.tolist(), int(starts[-1]) + width], "y": [*shares, 0.0], "customdata": [*labels, ""],
         "line": {"color": f"@{side}", "width": 1.8, "shape": "hv"},
-        "hovertemplate": "%{customdata} tokens: %{y:.1%}<extra>%{fullData.name}</extra>",
+        "hovertemplate": "%{fullData.name}, %{customdata} tokens: %{y:.1%}<extra></extra>",
     }  # fmt: skip
 
 

@@ -6,13 +6,14 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+import ray
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from deltaray.chat import load_tokenizer
 from deltaray.contracts import METRICS
-from deltaray.errors import StageError
+from deltaray.errors import StageError, UserError
 from deltaray.recipe.models import Student, Training
 from deltaray.recipe.study import TrainingRun
 from deltaray.store import Store
@@ -40,10 +41,17 @@ class Job:
 
 
 def train_runs(job: Job) -> None:
-    """Trains every run whose student is not committed yet. Called on all workers at once."""
+    """Trains every run whose student is not committed yet. Called on all workers at once.
+
+    Data that cannot be trained on is told to the driver instead of raised: trying again would not mend it.
+    """
     join_process_group()
     for run in _missing(job):
-        _train(job, run)
+        refusal = _train(job, run)
+        if refusal is not None:
+            if dist.get_rank() == 0:
+                ray.get(job.progress.refuse.remote(refusal))
+            return
 
 
 def _missing(job: Job) -> list[TrainingRun]:
@@ -53,23 +61,38 @@ def _missing(job: Job) -> list[TrainingRun]:
     return [run for run in job.runs if run.name in names[0]]
 
 
-def _train(job: Job, run: TrainingRun) -> None:
+def _train(job: Job, run: TrainingRun) -> Exception | None:
     student = job.students[run.student]
-    tokenizer = load_tokenizer(student, "student")
-    examples, dropped = read_examples(job.store, tokenizer, run, student.max_length)
-    if not examples:
-        raise StageError(f"pairing {run.pairing} has no pairs to train {run.name} on ({dropped} prompts too long)")
-    total = total_steps(len(examples), run.settings)
-    report = _Reporter(job, run.name, total)
+    report = _Reporter(job, run.name)
+    tokenizer, examples, refusal = _read(job, run)
+    if refusal is not None:
+        return refusal
+    report.total = total = total_steps(len(examples), run.settings)
     trainer = Trainer(job.training, student, run, examples, pad_id_of(tokenizer))
-    log.info(
-        "%s: ready after %.1f s; %d pairs, %d dropped", run.name, time.monotonic() - started, len(examples), dropped
-    )
     for step in range(total):
         report(trainer.step(step, total))
     report.commit()
     save_student(trainer.engine, tokenizer, job.store, run.name)
     stop_engine(trainer.engine)
+    return None
+
+
+def _read(job: Job, run: TrainingRun) -> tuple[Any, list[Example], Exception | None]:
+    """(tokenizer, examples, what any worker refused): all workers agree, so that none waits for one that gave up."""
+    student, tokenizer = job.students[run.student], None
+    examples: list[Example] = []
+    refusal: Exception | None = None
+    try:
+        tokenizer = load_tokenizer(student, "student")
+        examples, dropped = read_examples(job.store, tokenizer, run, student.max_length)
+        log.info("%s: %d pairs, %d dropped because their prompt leaves no room", run.name, len(examples), dropped)
+        if not examples:
+            refusal = StageError(f"{run.name}: no pairs to train on in {run.pairing} ({dropped} prompts are too long)")
+    except (UserError, StageError) as error:
+        refusal = error
+    refusals: list[Exception | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(refusals, refusal)
+    return tokenizer, examples, next((item for item in refusals if item is not None), None)
 
 
 class Trainer:
@@ -165,8 +188,8 @@ def _totals(values: PairLosses, chosen: Side, rejected: Side | None, weights: Te
 class _Reporter:
     """Rank 0's metrics: live to the driver's actor, and as one file once the run is trained."""
 
-    def __init__(self, job: Job, name: str, total: int) -> None:
-        self.job, self.name, self.total = job, name, total
+    def __init__(self, job: Job, name: str) -> None:
+        self.job, self.name, self.total = job, name, 0
         self.lines: list[str] = []
         self.sent = 0.0
         self._send(0, {})

@@ -18,7 +18,7 @@ from deltaray.runtime.session import Capacity, logs_of_ray
 from deltaray.store import Store
 
 OnProgress = Callable[[str, int, int, dict[str, Any]], None]
-"""(run, steps done, steps in all, the metrics of the last step; empty when the run starts)."""
+"""(run, steps done, steps in all, the last step's metrics); a run starts with 0 steps of 0 and no metrics."""
 
 POLL_INTERVAL = 0.25
 COLLECTIVE_TIMEOUT = 7200
@@ -31,7 +31,8 @@ def train(study: Study, store: Store, runs: list[TrainingRun], on_progress: OnPr
     A retried worker group skips what is committed and starts the interrupted run anew.
 
     Raises:
-        StageError: a run failed more often than it is retried; what is committed stays.
+        StageError: a run failed more often than it is retried, or its pairs and references do not fit together; what
+            is committed stays.
     """
     missing = [run for run in runs if not store.exists(Store.student(run.name))]
     training = study.recipe.training
@@ -42,10 +43,13 @@ def train(study: Study, store: Store, runs: list[TrainingRun], on_progress: OnPr
     try:
         with _watched(progress, on_progress):
             _trainer(study, training, store, missing, progress, name).fit()
+        refusal = ray.get(progress.refused.remote())
     except TrainingFailedError as error:
         raise _failure(error, ray.get(progress.current.remote()) or missing[0].name) from error
     finally:
         ray.kill(progress)
+    if refusal is not None:
+        raise refusal
     if store.local:
         shutil.rmtree(store.local / _STATE / name, ignore_errors=True)
     return [run.name for run in missing]
@@ -95,6 +99,7 @@ class Progress:
     def __init__(self) -> None:
         self.events: list[tuple[str, int, int, dict[str, Any]]] = []
         self.run = ""
+        self.refusal: Exception | None = None
 
     def put(self, run: str, step: int, total: int, metrics: dict[str, Any]) -> None:
         self.run = run
@@ -103,6 +108,12 @@ class Progress:
     def take(self) -> list[tuple[str, int, int, dict[str, Any]]]:
         events, self.events = self.events, []
         return events
+
+    def refuse(self, refusal: Exception) -> None:
+        self.refusal = refusal
+
+    def refused(self) -> Exception | None:
+        return self.refusal
 
     def current(self) -> str:
         return self.run

@@ -81,9 +81,13 @@ def desktop(browser: sync_api.Browser, report: Path) -> Iterator[Visit]:
 
 
 def draw_everything(page: sync_api.Page) -> None:
-    """Charts wait until they are near the window; printing asks for all of them."""
+    """Charts wait until they are near the window; printing asks for all of them.
+
+    Waits look at elements: the page's policy forbids `eval`, which `wait_for_function` needs to poll.
+    """
     page.evaluate("window.dispatchEvent(new Event('beforeprint'))")
-    page.wait_for_function(f"document.querySelectorAll('.chart .main-svg').length >= {CHARTS}")
+    sync_api.expect(page.locator(".chart[data-drawn]")).to_have_count(CHARTS)
+    sync_api.expect(page.locator(".chart .xaxislayer-above").first).to_be_attached()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -107,7 +111,7 @@ def test_charts_follow_a_change_of_colour_scheme(desktop: Visit) -> None:
     tick = "getComputedStyle(document.querySelector('#score-0 .ytick text')).fill"
     light = desktop.page.evaluate(tick)
     desktop.page.emulate_media(color_scheme="dark")
-    desktop.page.wait_for_function("document.querySelectorAll('.chart[data-drawn=dark]').length >= 10")
+    sync_api.expect(desktop.page.locator(".chart[data-drawn=dark]")).to_have_count(CHARTS)
     assert desktop.page.evaluate(tick) != light
     assert desktop.page.locator(".chart[data-drawn=light]").count() == 0
 
@@ -216,6 +220,21 @@ def test_every_control_and_chart_has_a_name(desktop: Visit) -> None:
     assert page.evaluate("[...document.querySelectorAll('th')].every(h => ['row', 'col'].includes(h.scope))")
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.className") == "skip"
+
+
+def test_the_policy_stops_scripts_and_requests_from_elsewhere(browser: sync_api.Browser, report: Path) -> None:
+    opened = visit(browser, report)
+    opened.page.evaluate("""() => {
+        const script = document.createElement('script');
+        script.textContent = 'window.intruder = true';
+        document.body.append(script);
+        document.body.insertAdjacentHTML('beforeend', '<img src=x onerror="window.intruder = true">');
+    }""")
+    sent = "fetch('http://localhost:9/').then(() => 'sent', () => 'refused')"
+    assert opened.page.evaluate(sent) == "refused"
+    assert opened.page.evaluate("window.intruder") is None
+    assert sum("Content Security Policy" in line for line in opened.complaints) >= 3
+    opened.page.context.close()
 
 
 def test_an_empty_study_opens_cleanly(browser: sync_api.Browser, tmp_path: Path) -> None:

@@ -1,0 +1,148 @@
+"""The task of the miniature family: adding two three-digit numbers, as a sloppy writer does it.
+
+Why a *sloppy* writer.  Delta learning needs a pair of teachers that differ in the direction of the truth.  Real
+corpora provide one: they contain the same misconception many times over, in the same places, and stronger
+models have taken over less of it than weaker ones.  Models trained on clean text make no such errors; what
+they get wrong is scattered, and a pair of them points nowhere in particular.  Here the misconception is
+forgetting to carry.  How often it happens depends on the writer and on the digits at hand:
+
+    P(forget | context) = sigmoid(logit(writer's mean) + habit[context]),  context = (column, digit, digit)
+
+The habits are shared by all writers of one family (the same mistakes are popular everywhere), the mean is the
+writer's own.  Whichever decoding a model uses, it then errs in a growing share of contexts as its writer gets
+sloppier: greedy decoding forgets wherever the probability is above one half.
+
+All digit arrays in this module have the ones first: column 0 is the ones, column 2 the hundreds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
+
+DIGITS = 3
+"""Digits of each operand and of the sum (sums of four digits are left out: see `all_unordered_pairs`)."""
+
+SPLIT_SEED = 20_250_708
+"""The split is the same for every family, so that results of different seeds are comparable prompt by prompt."""
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Problems as arrays of shape (n, 2); no two splits share an unordered pair of operands."""
+
+    prompts: Ints
+    validation: Ints
+    evaluation: Ints
+    corpus: Ints
+    """What writers practise on: each unordered pair once; `draw_corpus` swaps the operands at random."""
+
+
+@dataclass(frozen=True)
+class Writer:
+    """Someone whose additions fill a training corpus."""
+
+    forget: float
+    """Mean probability of forgetting an incoming carry, in (0, 1)."""
+    slip: float
+    """Probability that a written digit is replaced by a random one: errors without a direction."""
+
+
+def all_unordered_pairs() -> Ints:
+    """Every {a, b} of three-digit numbers with a three-digit sum, a <= b, shape (160400, 2).
+
+    Sums keep three digits so that each digit of the answer stands at a fixed distance from the digits it is
+    made of.  Small models then learn to write the answer in its natural order within seconds.
+    """
+    low, high = 10 ** (DIGITS - 1), 10**DIGITS
+    first, second = np.meshgrid(np.arange(low, high), np.arange(low, high), indexing="ij")
+    keep = (first <= second) & (first + second < high)
+    return np.stack([first[keep], second[keep]], axis=1).astype(np.int64)
+
+
+def swap_at_random(pairs: Ints, rng: np.random.Generator) -> Ints:
+    """The same problems with the operands of about half of them exchanged."""
+    return np.where(rng.random(len(pairs))[:, None] < 0.5, pairs, pairs[:, ::-1])
+
+
+def make_splits(prompts: int, validation: int, evaluation: int) -> Splits:
+    """Deal all problems into four sets; a problem and its mirror image (b + a) go to the same one."""
+    rng = np.random.default_rng(SPLIT_SEED)
+    pairs = rng.permutation(all_unordered_pairs())
+    held_out = prompts + validation + evaluation
+    if held_out >= len(pairs):
+        raise ValueError(f"{held_out} held-out problems leave none of {len(pairs)} for the corpora")
+    parts = np.split(pairs, np.cumsum([prompts, validation, evaluation]))
+    return Splits(*(swap_at_random(part, rng) for part in parts[:3]), corpus=parts[3])
+
+
+def digits_of(numbers: Ints) -> Ints:
+    """Digits of each number, ones first: shape (n,) -> (n, DIGITS)."""
+    powers: Ints = 10 ** np.arange(DIGITS)
+    return (numbers[:, None] // powers) % 10
+
+
+def make_habits(seed: int, spread: float) -> Floats:
+    """The family's habits: a shift of the logit of forgetting, by column and the two digits in it.
+
+    Shape (DIGITS, 10, 10).  Column 0 has no incoming carry, its entries are never looked at.
+    """
+    rng = np.random.default_rng([seed, 1])
+    return rng.normal(0.0, spread, (DIGITS, 10, 10))
+
+
+def forget_probability(writer: Writer, habits: Floats, first: Ints, second: Ints, column: int) -> Floats:
+    """Chance that `writer` forgets a carry into `column` of first + second (arrays of digits): shape (n,)."""
+    logit = np.log(writer.forget / (1.0 - writer.forget))
+    context = habits[column, first[:, column], second[:, column]]
+    return np.asarray(1.0 / (1.0 + np.exp(-(logit + context))))
+
+
+def write_sums(problems: Ints, writer: Writer, habits: Floats, rng: np.random.Generator) -> Ints:
+    """What `writer` writes under `problems` (n, 2): digits of the answers, ones first, shape (n, DIGITS)."""
+    first, second = digits_of(problems[:, 0]), digits_of(problems[:, 1])
+    answer = np.empty_like(first)
+    carry = np.zeros(len(problems), dtype=np.int64)
+    for column in range(DIGITS):
+        forgotten = rng.random(len(problems)) < forget_probability(writer, habits, first, second, column)
+        total = first[:, column] + second[:, column] + np.where(forgotten, 0, carry)
+        answer[:, column], carry = total % 10, total // 10
+    slipped = rng.random(answer.shape) < writer.slip
+    return np.where(slipped, rng.integers(0, 10, answer.shape), answer)
+
+
+def draw_corpus(
+    splits: Splits, writer: Writer, habits: Floats, size: int, rng: np.random.Generator
+) -> tuple[Ints, Ints]:
+    """`size` problems (size, 2) with the writer's answers (size, DIGITS).  Every draw writes afresh."""
+    chosen = splits.corpus[rng.integers(0, len(splits.corpus), size)]
+    problems = swap_at_random(chosen, rng)
+    return problems, write_sums(problems, writer, habits, rng)
+
+
+def prompt_text(problem: Ints) -> str:
+    """The user's turn, for example ``347+285=``."""
+    return f"{problem[0]}+{problem[1]}="
+
+
+def answer_text(problem: Ints) -> str:
+    """The right answer, for example ``632``."""
+    return str(problem[0] + problem[1])
+
+
+def rows(problems: Ints, split: str) -> list[dict[str, str]]:
+    """JSON lines of one split: an id, the prompt, the right answer and where the row comes from."""
+    return [
+        {
+            "id": f"{split}-{index:05d}",
+            "prompt": prompt_text(problem),
+            "answer": answer_text(problem),
+            "source": f"miniature-{split}",
+        }
+        for index, problem in enumerate(problems)
+    ]
