@@ -59,10 +59,10 @@ class Pipeline:
     def _family_missing(self) -> bool:
         if self.recipe.miniature is None:
             return False
-        from deltaray.miniature.make import is_made
+        from deltaray.miniature.make import family_is_made
 
         directory = Path(self.recipe.miniature.directory)
-        return not all(is_made(directory, seed) for seed in self.recipe.seeds)
+        return not all(family_is_made(directory, seed) for seed in self.recipe.seeds)
 
     # --- running ----------------------------------------------------------------------------------------------
     def run(self, stages: list[str] | None = None) -> None:
@@ -195,9 +195,7 @@ class Pipeline:
                 raise UserError(f"{self.store.out}: pairing {run.pairing} has no pairs yet; run `deltaray pair` first")
         self._reference(runs)
         with self._stage("train", "students", len(runs)) as progress:
-            train(
-                self.study, self.store, runs, lambda *event: progress.update(*event[:3], note=_training_note(event[3]))
-            )
+            train(self.study, self.store, runs, partial(_show_training, progress))
 
     def _reference(self, runs: list[TrainingRun]) -> None:
         """Reference log-probs, once per response, for the runs whose loss compares with a reference."""

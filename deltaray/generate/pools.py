@@ -8,7 +8,6 @@ from typing import Any
 
 from deltaray.generate.engine import EngineSpec
 from deltaray.generate.stream import stream_units
-
 from deltaray.generate.units import Unit, load_unit
 from deltaray.recipe.models import Engine, Model
 from deltaray.runtime.session import STREAM_CPUS, Capacity

@@ -62,6 +62,12 @@ def is_made(folder: Path, spec: ModelSpec, seed: int) -> bool:
     return isinstance(found, dict) and found.get("sha256") == settings_of(spec, seed)["sha256"]
 
 
+def family_is_made(directory: Path, seed: int) -> bool:
+    """Whether nothing is left to make of the family of `seed`."""
+    folders = {spec: directory / f"seed{seed}" / spec.name for spec in FAMILY}
+    return all(is_made(folder, spec, seed) for spec, folder in folders.items())
+
+
 def make_model(folder: Path, spec: ModelSpec, seed: int, on_progress: Callable[[int, int], None]) -> None:
     """Train one model and put it in `folder`, replacing whatever an older version left there."""
     model = train_model(spec, seed, on_progress)

@@ -87,7 +87,7 @@ class StageProgress:
     def update(self, name: str, done: int, total: int, tokens: int = 0, note: str = "") -> None:
         """`done` of `total` units of `name` are finished; `tokens` so far (0: not counted)."""
         item = self.items.setdefault(name, Item())
-        item.done, item.total, item.tokens, item.note = done, total, tokens or item.tokens, note
+        item.advance(done, total, tokens, note)
         if self.live is not None:
             if name not in self.tasks:
                 self.tasks[name] = self.live.add_task(f"{self.stage} {name}", total=total, note="")
@@ -106,18 +106,29 @@ class StageProgress:
 
 
 class Item:
-    """One line of progress."""
+    """One line of progress. Its speed counts from the first result on, so that an engine's start does not slow it."""
 
     def __init__(self) -> None:
-        self.started = time.monotonic()
-        self.printed = self.started  # the first plain line comes after an interval
+        self.printed = time.monotonic()  # the first plain line comes after an interval
+        self.first: tuple[float, int, int] | None = None  # when, and done and tokens then
         self.done = self.total = self.tokens = 0
         self.note = ""
 
+    def advance(self, done: int, total: int, tokens: int, note: str) -> None:
+        self.done, self.total, self.tokens, self.note = done, total, tokens or self.tokens, note
+        if done and self.first is None:
+            self.first = time.monotonic(), done, self.tokens
+
     def describe(self, lead: str = "") -> str:
-        seconds = max(time.monotonic() - self.started, 1e-3)
-        parts = [f"{self.tokens / seconds:,.0f} tokens/s"] if self.tokens and seconds > 1 else []
-        if 0 < self.done < self.total:
-            parts.append(f"{seconds / self.done * (self.total - self.done):,.0f} s left")
-        parts += [self.note] if self.note else []
+        parts = [*self._speed()] + ([self.note] if self.note else [])
         return lead + ", ".join(parts) if parts else ""
+
+    def _speed(self) -> Iterator[str]:
+        if self.first is None or self.done == self.first[1]:
+            return
+        since, done, tokens = self.first
+        seconds = max(time.monotonic() - since, 1e-3)
+        if self.tokens > tokens:
+            yield f"{(self.tokens - tokens) / seconds:,.0f} tokens/s"
+        if self.done < self.total:
+            yield f"{seconds / (self.done - done) * (self.total - self.done):,.0f} s left"

@@ -62,13 +62,14 @@ def _missing(job: Job) -> list[TrainingRun]:
 
 
 def _train(job: Job, run: TrainingRun) -> Exception | None:
-    student = job.students[run.student]
-    report = _Reporter(job, run.name)
+    if dist.get_rank() == 0:
+        job.progress.start.remote(run.name)
     tokenizer, examples, refusal = _read(job, run)
     if refusal is not None:
         return refusal
-    report.total = total = total_steps(len(examples), run.settings)
-    trainer = Trainer(job.training, student, run, examples, pad_id_of(tokenizer))
+    total = total_steps(len(examples), run.settings)
+    report = _Reporter(job, run.name, total)
+    trainer = Trainer(job.training, job.students[run.student], run, examples, pad_id_of(tokenizer))
     for step in range(total):
         report(trainer.step(step, total))
     report.commit()
@@ -188,8 +189,8 @@ def _totals(values: PairLosses, chosen: Side, rejected: Side | None, weights: Te
 class _Reporter:
     """Rank 0's metrics: live to the driver's actor, and as one file once the run is trained."""
 
-    def __init__(self, job: Job, name: str) -> None:
-        self.job, self.name, self.total = job, name, 0
+    def __init__(self, job: Job, name: str, total: int) -> None:
+        self.job, self.name, self.total = job, name, total
         self.lines: list[str] = []
         self.sent = 0.0
         self._send(0, {})

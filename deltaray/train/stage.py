@@ -18,7 +18,7 @@ from deltaray.runtime.session import Capacity, logs_of_ray
 from deltaray.store import Store
 
 OnProgress = Callable[[str, int, int, dict[str, Any]], None]
-"""(run, steps done, steps in all, the last step's metrics); a run starts with 0 steps of 0 and no metrics."""
+"""(run, steps done, steps in all, the last step's metrics); a run starts with step 0 and no metrics."""
 
 POLL_INTERVAL = 0.25
 COLLECTIVE_TIMEOUT = 7200
@@ -101,8 +101,10 @@ class Progress:
         self.run = ""
         self.refusal: Exception | None = None
 
-    def put(self, run: str, step: int, total: int, metrics: dict[str, Any]) -> None:
+    def start(self, run: str) -> None:
         self.run = run
+
+    def put(self, run: str, step: int, total: int, metrics: dict[str, Any]) -> None:
         self.events.append((run, step, total, metrics))
 
     def take(self) -> list[tuple[str, int, int, dict[str, Any]]]:

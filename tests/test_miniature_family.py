@@ -1,0 +1,172 @@
+"""The miniature family: splits, the sloppy writer, the chat rendering, and that training is repeatable."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+from deltaray.miniature import make, task, tokenizer
+from deltaray.miniature.family import FAMILY, LADDER, STUDENT, build_model, train_model
+
+TINY = dataclasses.replace(LADDER[0], steps=3)
+
+
+@pytest.fixture(scope="module")
+def splits() -> task.Splits:
+    return make.family_splits()
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("family") / "seed7" / TINY.name
+    make.make_model(folder, TINY, 7, lambda step, total: None)
+    return folder
+
+
+def unordered(problems: task.Ints) -> set[tuple[int, int]]:
+    return {(min(pair), max(pair)) for pair in problems.tolist()}
+
+
+def test_splits_share_no_problem_not_even_mirrored(splits: task.Splits) -> None:
+    parts = [unordered(part) for part in dataclasses.astuple(splits)]
+    assert sum(map(len, parts)) == len(set.union(*parts)) == len(task.all_unordered_pairs())
+    assert [len(part) for part in parts[:3]] == [8192, 512, 2048]
+    again = make.family_splits()
+    assert all(np.array_equal(getattr(splits, f), getattr(again, f)) for f in ("prompts", "corpus"))
+
+
+def test_careful_writer_is_right_and_forgetful_one_drops_carries(splits: task.Splits) -> None:
+    problems, rng = splits.evaluation, np.random.default_rng(0)
+    flat = np.zeros((task.DIGITS, 10, 10))
+    right = task.digits_of(problems.sum(axis=1))
+    careful = task.write_sums(problems, task.Writer(forget=1e-12, slip=0.0), flat, rng)
+    assert np.array_equal(careful, right)
+    forgetful = task.write_sums(problems, task.Writer(forget=1 - 1e-12, slip=0.0), flat, rng)
+    columns = task.digits_of(problems[:, 0]) + task.digits_of(problems[:, 1])
+    assert np.array_equal(forgetful, columns % 10)
+
+
+def test_writer_forgets_as_often_as_stated(splits: task.Splits) -> None:
+    rng = np.random.default_rng(1)
+    problem = np.repeat(np.array([[347, 285]]), 20_000, axis=0)  # ones and tens both carry
+    habits = task.make_habits(3, spread=1.0)
+    writer = task.Writer(forget=0.7, slip=0.0)
+    tens = task.write_sums(problem, writer, habits, rng)[:, 1]
+    expected = 1 / (1 + np.exp(-(np.log(0.7 / 0.3) + habits[1, 4, 8])))
+    assert set(np.unique(tens)) == {2, 3}
+    assert np.mean(tens == 2) == pytest.approx(expected, abs=0.015)
+
+
+def test_slips_have_no_direction() -> None:
+    rng = np.random.default_rng(2)
+    problem = np.repeat(np.array([[111, 222]]), 20_000, axis=0)  # nothing to carry
+    written = task.write_sums(problem, task.Writer(0.9, slip=0.1), task.make_habits(0, 1.0), rng)
+    assert np.mean(written == 3) == pytest.approx(0.91, abs=0.01)
+    counts = np.bincount(written[written != 3], minlength=10)
+    assert counts[3] == 0 and counts.max() < 1.4 * np.delete(counts, 3).min()
+
+
+def test_families_differ_by_seed_and_share_habits_within() -> None:
+    assert np.array_equal(task.make_habits(5, 1.0), task.make_habits(5, 1.0))
+    assert not np.array_equal(task.make_habits(5, 1.0), task.make_habits(6, 1.0))
+
+
+def test_rows_are_right_and_unique(splits: task.Splits) -> None:
+    rows = task.rows(splits.evaluation, "evaluation")
+    assert len({row["id"] for row in rows}) == len({row["prompt"] for row in rows}) == len(rows)
+    for row in rows[:200]:
+        first, second = row["prompt"].removesuffix("=").split("+")
+        assert int(first) + int(second) == int(row["answer"]) < 1000
+
+
+def test_ladder_rises_in_size_and_care() -> None:
+    sizes = [sum(p.numel() for p in build_model(spec, 0).parameters()) for spec in FAMILY]
+    assert sizes == sorted(set(sizes)) and FAMILY[-1] is STUDENT and len(LADDER) >= 4
+    care = [spec.forget for spec in FAMILY]
+    assert care == sorted(set(care), reverse=True)
+
+
+def ids_of(loaded: PreTrainedTokenizerFast, chat: list[dict[str, str]], prompt: bool) -> list[int]:
+    text = loaded.apply_chat_template(chat, tokenize=False, add_generation_prompt=prompt)
+    ids = loaded.apply_chat_template(chat, tokenize=True, add_generation_prompt=prompt, return_dict=False)
+    assert loaded(text, add_special_tokens=False)["input_ids"] == ids
+    assert loaded(text)["input_ids"] == ids, "nothing is added to a rendered conversation"
+    assert loaded.decode(ids) == text
+    return list(ids)
+
+
+def test_template_invariants(made: Path) -> None:
+    loaded = AutoTokenizer.from_pretrained(made)
+    user = {"role": "user", "content": "347+285="}
+    history = [
+        {"role": "system", "content": "Add.\nAnswer with the sum only: {digits} \\ '\"~"},
+        {"role": "user", "content": "100+200="},
+        {"role": "assistant", "content": "300"},
+    ]
+    for chat in ([user], [*history, user]):
+        prompt = ids_of(loaded, chat, prompt=True)
+        full = ids_of(loaded, [*chat, {"role": "assistant", "content": "632"}], prompt=False)
+        assert prompt[0] == loaded.bos_token_id and prompt.count(loaded.bos_token_id) == 1
+        assert full[: len(prompt)] == prompt
+        assert full[len(prompt) :] == [*loaded.convert_tokens_to_ids(list("632")), loaded.eos_token_id]
+        assert loaded.unk_token_id not in full and max(full) < len(loaded)
+    assert len(loaded) == tokenizer.VOCABULARY_SIZE
+    assert loaded.decode(full, skip_special_tokens=True).endswith("347+285=632")
+
+
+def test_batches_are_what_the_template_renders(made: Path, splits: task.Splits) -> None:
+    loaded = AutoTokenizer.from_pretrained(made)
+    problems = splits.evaluation[:50]
+    encoded = tokenizer.encode_problems(problems, task.digits_of(problems.sum(axis=1)))
+    assert encoded.shape[1] == tokenizer.PROMPT_LENGTH + tokenizer.RESPONSE_LENGTH
+    for ids, problem in zip(encoded.tolist(), problems, strict=True):
+        user = {"role": "user", "content": task.prompt_text(problem)}
+        chat = [user, {"role": "assistant", "content": task.answer_text(problem)}]
+        assert ids == ids_of(loaded, chat, prompt=False)
+        assert ids[: tokenizer.PROMPT_LENGTH] == ids_of(loaded, [user], prompt=True)
+
+
+def test_training_is_repeatable_and_depends_on_the_seed(made: Path, splits: task.Splits) -> None:
+    steps: list[tuple[int, int]] = []
+    state = torch.random.get_rng_state()
+    first = train_model(TINY, 7, lambda step, total: steps.append((step, total)), splits).state_dict()
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert steps[-1] == (3, 3)
+    loaded = AutoModelForCausalLM.from_pretrained(made).state_dict()
+    assert first.keys() == loaded.keys()
+    assert all(torch.equal(value, loaded[name]) for name, value in first.items())
+    other = train_model(TINY, 8, splits=splits).state_dict()
+    assert not torch.equal(first["model.embed_tokens.weight"], other["model.embed_tokens.weight"])
+
+
+def test_folder_is_trusted_only_with_the_present_settings(made: Path) -> None:
+    assert make.is_made(made, TINY, 7)
+    assert not make.is_made(made, TINY, 8)
+    assert not make.is_made(made, dataclasses.replace(TINY, forget=0.5), 7)
+    assert not make.is_made(made.parent / "absent", TINY, 7)
+    assert [path.name for path in made.parent.iterdir()] == [TINY.name], "no unfinished folder is left"
+    assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"} <= {
+        path.name for path in made.iterdir()
+    }
+
+
+def test_interrupted_making_leaves_nothing(tmp_path: Path) -> None:
+    def interrupt(step: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        make.make_model(tmp_path / "seed0" / TINY.name, TINY, 0, interrupt)
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_prompt_files_are_written_once(tmp_path: Path) -> None:
+    make.write_prompt_files(tmp_path)
+    before = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    assert set(before) == {"prompts.jsonl", "validation.jsonl", "evaluation.jsonl"}
+    make.write_prompt_files(tmp_path)
+    assert before == {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
