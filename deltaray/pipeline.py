@@ -74,20 +74,27 @@ class Pipeline:
         """
         self._declared()
         wanted = stages or self._named_stages()
-        log = self._log_file()
         try:
-            if self.recipe.miniature and self._family_missing():
-                with self.terminal.chatter_to(Path(self.recipe.miniature.directory) / "make.log"):
-                    self._make_family()
-            prompts = self._check()
-            if joins_cluster(self.recipe.cluster):
-                self._ray()
-            self._write_recipe(prompts)
+            self._prepare()
+            log = self._log_file()
             with self.terminal.chatter_to(log):
-                for stage in wanted:
-                    self._run_stage(stage, log)
+                try:
+                    for stage in wanted:
+                        self._run_stage(stage, log)
+                finally:
+                    stop_ray()
         finally:
             stop_ray()
+
+    def _prepare(self) -> None:
+        """The family of a miniature; then all checks; then, and not before, the first file of the study."""
+        if self.recipe.miniature and self._family_missing():
+            with self.terminal.chatter_to(Path(self.recipe.miniature.directory) / "make.log"):
+                self._make_family()
+        prompts = self._check()
+        if joins_cluster(self.recipe.cluster):
+            self._ray()
+        self._write_recipe(prompts)
 
     def _named_stages(self) -> list[str]:
         sections = {"pair": self.recipe.pairings, "train": self.recipe.training, "evaluate": self.recipe.evaluation}

@@ -28,7 +28,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_model(seed: int = 0, vocabulary: int = 64, tied: bool = False) -> LlamaForCausalLM:
-    """Random weights, float32. A vocabulary of 2,048 makes weights that ZeRO 3 really partitions (over 1e5 elements)."""
+    """Random weights, float32. With 2,048 tokens some exceed 1e5 elements: only such ZeRO 3 really partitions."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=vocabulary,

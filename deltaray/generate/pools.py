@@ -27,10 +27,10 @@ class Pool:
     units: list[Unit]
 
     def cpus(self) -> float:
-        return self.spec.min_replicas * self.spec.cpus + STREAM_CPUS
+        return self.spec.max_replicas * self.spec.cpus + STREAM_CPUS
 
     def gpus(self) -> float:
-        return self.spec.min_replicas * self.spec.gpus
+        return self.spec.max_replicas * self.spec.gpus
 
 
 def engine_spec(model: Model, engine: Engine, capacity: Capacity) -> EngineSpec:
@@ -63,7 +63,7 @@ def run_pools(store: Store, pools: list[Pool], capacity: Capacity, write: WriteU
 
 
 def waves(pools: list[Pool], capacity: Capacity) -> Iterator[list[Pool]]:
-    """Groups of pools that fit into the cluster together; a pool that waits for another's GPUs may hang. Pure."""
+    """Groups of pools that fit into the cluster together, fully grown; one that waits for another may hang. Pure."""
     wave: list[Pool] = []
     for pool in pools:
         together = [*wave, pool]

@@ -1,5 +1,6 @@
 """Generate: every teacher answers every prompt once, each with its own chat template and its own vLLM pool."""
 
+import zlib
 from typing import Any
 
 import pyarrow as pa
@@ -13,9 +14,15 @@ from deltaray.store import Store
 
 
 def teacher_units(study: Study, store: Store, name: str) -> list[Unit]:
-    """What a teacher still has to answer."""
+    """What a teacher still has to answer.
+
+    Its name goes into its seed: two teachers that draw with the same random numbers would give the same answers
+    wherever they agree on the likely ones, and identical pairs teach nothing.
+    """
     teacher = study.teachers[name]
-    return missing_units(store, Store.prompts, Store.responses(name), teacher, teacher.sampling, name=name)
+    seed = zlib.crc32(f"{name}#{teacher.sampling.seed}".encode())
+    sampling = teacher.sampling.model_copy(update={"seed": seed})
+    return missing_units(store, Store.prompts, Store.responses(name), teacher, sampling, name=name)
 
 
 def generate(study: Study, store: Store, capacity: Capacity, on_rows: OnRows) -> int:

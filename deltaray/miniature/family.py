@@ -48,7 +48,7 @@ class ModelSpec:
 class Training:
     """What all members have in common.  Any change makes cached families stale."""
 
-    batch: int = 128
+    batch: int = 64
     matrix_learning_rate: float = 0.02
     """For Muon, which trains the matrices of the blocks in about a third of the steps AdamW needs here."""
     vector_learning_rate: float = 4e-3
@@ -74,11 +74,11 @@ class SplitSizes:
 LADDER = (
     ModelSpec("mini-xs", hidden=64, layers=2, intermediate=64, forget=0.92, steps=600),
     ModelSpec("mini-s", hidden=64, layers=2, intermediate=128, forget=0.84, steps=600),
-    ModelSpec("mini-m", hidden=64, layers=3, intermediate=128, forget=0.72, steps=600),
-    ModelSpec("mini-l", hidden=64, layers=3, intermediate=192, forget=0.61, steps=600),
+    ModelSpec("mini-m", hidden=64, layers=2, intermediate=192, forget=0.72, steps=600),
+    ModelSpec("mini-l", hidden=64, layers=3, intermediate=128, forget=0.61, steps=600),
 )
 """Teachers, weakest first."""
-STUDENT = ModelSpec("student", hidden=96, layers=3, intermediate=192, forget=0.50, steps=600)
+STUDENT = ModelSpec("student", hidden=64, layers=3, intermediate=256, forget=0.50, steps=600)
 FAMILY = (*LADDER, STUDENT)
 TRAINING = Training()
 SPLIT_SIZES = SplitSizes()

@@ -1,6 +1,7 @@
 """The Ray session: what the cluster has, what a study demands of it, starting and joining Ray."""
 
 import os
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,7 +115,9 @@ def start_ray(cluster: Cluster) -> Capacity:
 
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if not ray.is_initialized():
+        on_sigterm = signal.getsignal(signal.SIGTERM)
         ray.init(**_init_arguments(cluster))
+        signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own would end the driver before it can say how to resume
     resources = ray.cluster_resources()
     return Capacity(max(resources.get("CPU", 0), cluster.cpus or 0), max(resources.get("GPU", 0), cluster.gpus or 0))
 
@@ -130,6 +133,15 @@ def _init_arguments(cluster: Cluster) -> dict[str, Any]:
         "include_dashboard": cluster.dashboard,
         "object_store_memory": 512 * 2**20 if capacity.gpus == 0 else None,
     }
+
+
+def cpus_of_a_core() -> float:
+    """Logical CPUs that stand for one core of this node: above 1 where Ray was started here with more than it has."""
+    import ray
+
+    here = ray.get_runtime_context().get_node_id()
+    logical = next(node["Resources"].get("CPU", 1.0) for node in ray.nodes() if node["NodeID"] == here)
+    return max(1.0, float(logical) / (os.cpu_count() or 1))
 
 
 def stop_ray() -> None:

@@ -5,8 +5,7 @@ import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
-UNIT_CPUS = 0.5
-"""Logical CPUs of one such task: they read and write more than they compute."""
+from deltaray.runtime.session import cpus_of_a_core
 
 
 def map_units(
@@ -14,7 +13,7 @@ def map_units(
 ) -> Iterator[dict[str, Any]]:
     """Runs `work` on every unit somewhere in the cluster; yields the results as they finish.
 
-    Units and results travel as JSON, so that an empty list or a null keeps its type on the way.
+    Units and results travel as JSON, so that an empty list or a null keeps its type on the way. Each takes a core.
     """
     import ray
 
@@ -22,7 +21,7 @@ def map_units(
         return
     quiet_ray_data()
     rows = ray.data.from_items([{"unit": json.dumps(unit)} for unit in units], override_num_blocks=len(units))
-    results = rows.map(_JsonWork(work), num_cpus=UNIT_CPUS)
+    results = rows.map(_JsonWork(work), num_cpus=cpus_of_a_core())
     for row in results.iter_rows():
         yield json.loads(row["result"])
 

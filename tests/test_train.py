@@ -1,0 +1,250 @@
+"""Training and the reference pass for real: Ray Data, Ray Train with two workers, DeepSpeed ZeRO 3, on the CPU.
+
+One study is trained once for all tests; a plain PyTorch loop in this process says what should have come out.
+"""
+
+import json
+import math
+import os
+
+import pyarrow as pa
+import pytest
+import torch
+from tiny_model import make_tokenizer, save_tiny
+
+from deltaray.contracts import METRICS, PAIRS, PROMPTS, REFERENCES, RESPONSES
+from deltaray.errors import StageError
+from deltaray.recipe import Recipe, expand
+from deltaray.reference.stage import missing_files, reference, references_needed
+from deltaray.store import Store
+from deltaray.train.batches import batch_at, read_examples
+from deltaray.train.schedule import learning_rate
+from deltaray.train.stage import train
+
+try:
+    from conftest import ray_session
+except ImportError:
+
+    @pytest.fixture(scope="session")
+    def ray_session():
+        import ray
+
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+        ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False, object_store_memory=256 * 2**20)
+        yield
+        ray.shutdown()
+
+
+PROMPT_COUNT, STEPS = 25, 6  # batches of 10, 10 and 5 pairs, twice
+
+
+def recipe_for(out, model):
+    run = {"pairing": "delta", "batch_size": 10, "epochs": 2, "learning_rate": 1e-3, "weight_decay": 0.01}
+    return Recipe.model_validate(
+        {
+            "name": "tiny",
+            "out": str(out),
+            "prompts": {"path": "unused.jsonl"},
+            "teachers": {"big": {"model": "unused"}, "small": {"model": "unused"}},
+            "pairings": {
+                "delta": {"chosen": "big", "rejected": "small"},
+            },
+            "student": {"model": model, "max_length": 64},
+            "training": {
+                "workers": 2,
+                "dtype": "float32",
+                "micro_batch_size": 2,  # three passes with two rows that only fill up
+                "reference_batch_size": 4,
+                "runs": {
+                    "delta": {**run, "loss": "dpo_norm", "beta": 5.0},
+                    "again": {**run, "loss": "dpo_norm", "beta": 5.0},
+                    "sft": {**run, "loss": "sft"},
+                },
+            },
+        }
+    )
+
+
+def fill_store(store):
+    """25 prompts in two shards, with responses and pairs as generation and pairing would leave them."""
+    for shard, numbers in enumerate((range(15), range(15, PROMPT_COUNT))):
+        name = f"part-{shard:05d}"
+        ids = [f"p{number:03d}" for number in numbers]
+        messages = [[{"role": "user", "content": f"{number}+{number * 7}="}] for number in numbers]
+        texts = {
+            "big": [str(number * 8) for number in numbers],
+            "small": [f"i guess {number}" * (1 + number % 3) for number in numbers],
+        }
+        prompts = {"prompt_id": ids, "messages": messages, "answer": texts["big"], "source": ["test"] * len(ids)}
+        store.write_table(f"{Store.prompts}/{name}.parquet", pa.table(prompts, schema=PROMPTS), PROMPTS)
+        for teacher, answers in texts.items():
+            rows = [_response(teacher, *item) for item in zip(ids, answers, strict=True)]
+            table = pa.Table.from_pylist(rows, schema=RESPONSES)
+            store.write_table(f"{Store.responses(teacher)}/{name}-0abc.parquet", table, RESPONSES)
+        pairs = [_pair(*item) for item in zip(ids, messages, texts["big"], texts["small"], strict=True)]
+        table = pa.Table.from_pylist(pairs, schema=PAIRS)
+        store.write_table(f"{Store.pairs('delta')}/{name}.parquet", table, PAIRS)
+
+
+def _response(teacher, prompt_id, text):
+    ids = {"prompt_token_ids": [], "token_ids": [], "tokens": 0, "finish_reason": "stop", "error": None}
+    return {"prompt_id": prompt_id, "sample": 0, "teacher": teacher, "text": text, **ids}
+
+
+def _pair(prompt_id, messages, chosen, rejected):
+    sides = {"chosen": chosen, "rejected": rejected}
+    turns = {side: [{"role": "assistant", "content": text}] for side, text in sides.items()}
+    empty = dict.fromkeys(("chosen_score", "rejected_score", "delta", "source", "answer"))
+    return {
+        "prompt_id": prompt_id, "prompt": messages, **turns, "chosen_model": "big", "rejected_model": "small", **empty,
+        "chosen_tokens": 0, "rejected_tokens": 0, "chosen_sample": 0, "rejected_sample": 0,
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained(ray_session, tmp_path_factory):
+    """(study, store, progress events, names that `train` returned)."""
+    folder = tmp_path_factory.mktemp("train")
+    study = expand(recipe_for(folder / "out", save_tiny(folder / "student", vocabulary=2048)))
+    store, events = Store(study.recipe.out), []
+    fill_store(store)
+    for student, teachers in references_needed(study, study.runs.values()).items():
+        reference(study, store, student, teachers, lambda *event: events.append(event))
+    names = train(study, store, list(study.runs.values()), lambda *event: events.append(event))
+    return study, store, events, names
+
+
+def metrics_of(store, name):
+    path = store.local / Store.training(name) / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def plain_training(study, store, name):
+    """The same run in one process, from the definitions: (loss and gradient norm of each step, the model)."""
+    from transformers import AutoModelForCausalLM
+
+    run = study.runs[name].settings
+    examples, _ = read_examples(store, make_tokenizer(), study.runs[name], 64)
+    model = AutoModelForCausalLM.from_pretrained(study.students["student"].model, dtype=torch.float32)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=run.adam_betas, weight_decay=run.weight_decay)
+    history = []
+    for step in range(STEPS):
+        optimizer.param_groups[0]["lr"] = learning_rate(run, step, STEPS)
+        loss = plain_loss(model, [examples[index] for index in batch_at(len(examples), 10, run.seed, step)], run)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), run.max_grad_norm)
+        history.append((loss.item(), norm.item()))
+        optimizer.step()
+        optimizer.zero_grad()
+    return history, model
+
+
+def plain_loss(model, rows, run):
+    def log_probs(prompt, response):
+        logits = model(input_ids=torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+        return logits.log_softmax(dim=-1)[range(len(response)), response]
+
+    chosen = [log_probs(row.prompt, row.chosen) for row in rows]
+    if run.loss == "sft":
+        return -torch.cat(chosen).mean()
+    rejected = [log_probs(row.prompt, row.rejected) for row in rows]
+    margins = [
+        (good.mean() - row.reference_chosen / len(good)) - (bad.mean() - row.reference_rejected / len(bad))
+        for row, good, bad in zip(rows, chosen, rejected, strict=True)
+    ]
+    return -torch.nn.functional.logsigmoid(run.beta * torch.stack(margins)).mean()
+
+
+# --- reference ------------------------------------------------------------------------------------------------
+def test_only_losses_that_compare_ask_for_references(trained):
+    study = trained[0]
+    assert references_needed(study, [study.runs["sft"]]) == {}
+    assert references_needed(study, study.runs.values()) == {"student": ["big", "small"]}
+
+
+def test_every_response_has_one_reference_in_a_file_of_the_same_name(trained):
+    _, store, events, _ = trained
+    for teacher in ("big", "small"):
+        names = [path.rpartition("/")[2] for path in store.committed(Store.references("student", teacher))]
+        assert names == ["part-00000-0abc.parquet", "part-00001-0abc.parquet"]
+        table = store.read_tables(Store.references("student", teacher), REFERENCES)
+        assert table["prompt_id"].to_pylist() == [f"p{number:03d}" for number in range(PROMPT_COUNT)]
+        assert missing_files(store, "student", teacher) == []
+        assert (teacher, 2, 2) in events
+
+
+# --- training -------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", ["delta", "sft"])
+def test_two_workers_under_zero_3_train_as_one_plain_process_does(trained, name):
+    from transformers import AutoModelForCausalLM
+
+    study, store, _, _ = trained
+    history, expected = plain_training(study, store, name)
+    lines = metrics_of(store, name)
+    assert [line["loss"] for line in lines] == pytest.approx([loss for loss, _ in history], rel=2e-4)
+    assert [line["grad_norm"] for line in lines] == pytest.approx([norm for _, norm in history], rel=2e-3)
+    assert lines[0]["loss"] == pytest.approx(history[0][0], rel=1e-6)
+    assert lines[0]["grad_norm"] == pytest.approx(history[0][1], rel=1e-5)
+    student, info = AutoModelForCausalLM.from_pretrained(
+        store.local_folder(Store.student(name)), dtype=torch.float32, output_loading_info=True
+    )
+    assert not info["missing_keys"]
+    untouched = AutoModelForCausalLM.from_pretrained(study.students["student"].model, dtype=torch.float32)
+    weights = zip(student.parameters(), expected.parameters(), untouched.parameters(), strict=True)
+    for found, wanted, before in weights:
+        torch.testing.assert_close(found, wanted, rtol=0, atol=5e-5)
+        assert (found - before).abs().max() > 1e-3
+
+
+def test_the_first_loss_against_a_reference_is_ln_2(trained):
+    assert metrics_of(trained[1], "delta")[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_the_same_seed_gives_the_same_weights(trained):
+    files = [trained[1].local / Store.student(name) / "model.safetensors" for name in ("delta", "again")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_every_step_has_a_line_with_every_key(trained):
+    _, store, _, _ = trained
+    for name in ("delta", "sft"):
+        lines = metrics_of(store, name)
+        assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+        assert all(set(line) == {*METRICS, "samples"} for line in lines)
+        assert [line["samples"] for line in lines] == [10, 10, 5] * 2
+        assert lines[-1]["epoch"] == pytest.approx(2.0)
+        null = {key for key in METRICS if lines[0][key] is None}
+        rewards = {key for key in METRICS if key.startswith("rewards_")}
+        assert null == (rewards | {"logps_rejected"} if name == "sft" else set())
+    last = metrics_of(store, "delta")[-1]
+    assert last["rewards_margin"] == pytest.approx(last["rewards_chosen"] - last["rewards_rejected"], abs=1e-5)
+    assert last["rewards_accuracy"] > 0.5
+
+
+def test_progress_is_told_and_nothing_hidden_stays(trained):
+    _, store, events, names = trained
+    assert names == ["delta", "again", "sft"]
+    for name in names:
+        steps = [event[1:3] for event in events if event[0] == name]
+        assert (steps[0], steps[-1]) == ((0, STEPS), (STEPS, STEPS))
+    assert sorted(path.name for path in (store.local / "students").iterdir()) == ["again", "delta", "sft"]
+
+
+def test_a_student_is_a_whole_model_folder(trained):
+    files = {path.name for path in (trained[1].local / Store.student("delta")).iterdir()}
+    assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"} <= files
+    assert "chat_template.jinja" in files
+
+
+def test_trained_students_are_not_trained_again(trained):
+    study, store, _, _ = trained
+    assert train(study, store, list(study.runs.values()), lambda *_: None) == []
+    reference(study, store, "student", ["big", "small"], lambda *_: pytest.fail("nothing is missing"))
+
+
+def test_a_pair_without_its_reference_is_refused(trained, tmp_path):
+    study = trained[0]
+    store = Store(str(tmp_path))
+    fill_store(store)
+    with pytest.raises(StageError, match="reference of prompt p000 sample 0 is missing"):
+        read_examples(store, make_tokenizer(), study.runs["delta"], 64)
