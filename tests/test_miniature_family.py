@@ -43,17 +43,18 @@ def test_splits_share_no_problem_not_even_mirrored(splits: task.Splits) -> None:
 def test_careful_writer_is_right_and_forgetful_one_drops_carries(splits: task.Splits) -> None:
     problems, rng = splits.evaluation, np.random.default_rng(0)
     flat = np.zeros((task.DIGITS, 10, 10))
-    right = task.digits_of(problems.sum(axis=1))
+    right = task.digits_of(problems.sum(axis=1), task.DIGITS + 1)
     careful = task.write_sums(problems, task.Writer(forget=1e-12, slip=0.0), flat, rng)
     assert np.array_equal(careful, right)
     forgetful = task.write_sums(problems, task.Writer(forget=1 - 1e-12, slip=0.0), flat, rng)
     columns = task.digits_of(problems[:, 0]) + task.digits_of(problems[:, 1])
-    assert np.array_equal(forgetful, columns % 10)
+    assert np.array_equal(forgetful[:, :-1], columns % 10)
+    assert np.all(forgetful[:, -1] == 1), "the last carry is written down, not remembered"
 
 
 def test_writer_forgets_as_often_as_stated(splits: task.Splits) -> None:
     rng = np.random.default_rng(1)
-    problem = np.repeat(np.array([[347, 285]]), 20_000, axis=0)  # ones and tens both carry
+    problem = np.repeat(np.array([[847, 385]]), 20_000, axis=0)  # ones and tens both carry
     habits = task.make_habits(3, spread=1.0)
     writer = task.Writer(forget=0.7, slip=0.0)
     tens = task.write_sums(problem, writer, habits, rng)[:, 1]
@@ -64,8 +65,8 @@ def test_writer_forgets_as_often_as_stated(splits: task.Splits) -> None:
 
 def test_slips_have_no_direction() -> None:
     rng = np.random.default_rng(2)
-    problem = np.repeat(np.array([[111, 222]]), 20_000, axis=0)  # nothing to carry
-    written = task.write_sums(problem, task.Writer(0.9, slip=0.1), task.make_habits(0, 1.0), rng)
+    problem = np.repeat(np.array([[511, 622]]), 20_000, axis=0)  # nothing to forget
+    written = task.write_sums(problem, task.Writer(0.9, slip=0.1), task.make_habits(0, 1.0), rng)[:, 0]
     assert np.mean(written == 3) == pytest.approx(0.91, abs=0.01)
     counts = np.bincount(written[written != 3], minlength=10)
     assert counts[3] == 0 and counts.max() < 1.4 * np.delete(counts, 3).min()
@@ -81,7 +82,7 @@ def test_rows_are_right_and_unique(splits: task.Splits) -> None:
     assert len({row["id"] for row in rows}) == len({row["prompt"] for row in rows}) == len(rows)
     for row in rows[:200]:
         first, second = row["prompt"].removesuffix("=").split("+")
-        assert int(first) + int(second) == int(row["answer"]) < 1000
+        assert int(first) + int(second) == int(row["answer"]) >= 1000
 
 
 def test_ladder_rises_in_size_and_care() -> None:
@@ -102,27 +103,27 @@ def ids_of(loaded: PreTrainedTokenizerFast, chat: list[dict[str, str]], prompt: 
 
 def test_template_invariants(made: Path) -> None:
     loaded = AutoTokenizer.from_pretrained(made)
-    user = {"role": "user", "content": "347+285="}
+    user = {"role": "user", "content": "847+385="}
     history = [
         {"role": "system", "content": "Add.\nAnswer with the sum only: {digits} \\ '\"~"},
-        {"role": "user", "content": "100+200="},
-        {"role": "assistant", "content": "300"},
+        {"role": "user", "content": "600+500="},
+        {"role": "assistant", "content": "1100"},
     ]
     for chat in ([user], [*history, user]):
         prompt = ids_of(loaded, chat, prompt=True)
-        full = ids_of(loaded, [*chat, {"role": "assistant", "content": "632"}], prompt=False)
+        full = ids_of(loaded, [*chat, {"role": "assistant", "content": "1232"}], prompt=False)
         assert prompt[0] == loaded.bos_token_id and prompt.count(loaded.bos_token_id) == 1
         assert full[: len(prompt)] == prompt
-        assert full[len(prompt) :] == [*loaded.convert_tokens_to_ids(list("632")), loaded.eos_token_id]
+        assert full[len(prompt) :] == [*loaded.convert_tokens_to_ids(list("1232")), loaded.eos_token_id]
         assert loaded.unk_token_id not in full and max(full) < len(loaded)
     assert len(loaded) == tokenizer.VOCABULARY_SIZE
-    assert loaded.decode(full, skip_special_tokens=True).endswith("347+285=632")
+    assert loaded.decode(full, skip_special_tokens=True).endswith("847+385=1232")
 
 
 def test_batches_are_what_the_template_renders(made: Path, splits: task.Splits) -> None:
     loaded = AutoTokenizer.from_pretrained(made)
     problems = splits.evaluation[:50]
-    encoded = tokenizer.encode_problems(problems, task.digits_of(problems.sum(axis=1)))
+    encoded = tokenizer.encode_problems(problems, task.digits_of(problems.sum(axis=1), task.DIGITS + 1))
     assert encoded.shape[1] == tokenizer.PROMPT_LENGTH + tokenizer.RESPONSE_LENGTH
     for ids, problem in zip(encoded.tolist(), problems, strict=True):
         user = {"role": "user", "content": task.prompt_text(problem)}

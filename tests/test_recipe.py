@@ -119,7 +119,7 @@ def test_several_seeds_copy_only_what_depends_on_them(tmp_path: Path) -> None:
     assert study.pairings["delta-seed2"].rejected == "weaker-seed2"
     assert study.pairings["delta-seed2"].chosen == "weak"
     assert study.runs["delta-seed2"].student == "student-seed2"
-    assert study.students["student-seed1"].model == "models/1/student"
+    assert study.students["student-seed1"].model == str(Path("models/1/student").absolute())
     assert [study.teachers[f"weaker-seed{k}"].sampling.seed for k in (1, 2)] == [1, 2]
 
 

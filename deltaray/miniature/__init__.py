@@ -1,6 +1,6 @@
 """A toy family of language models on which delta learning can be watched within minutes, without a GPU.
 
-The models add numbers below a thousand.  They learnt it from writers who forget carries, so they err as models
+The models add three-digit numbers.  They learnt it from writers who forget carries, so they err as models
 trained on real corpora do: systematically, all in the same direction, the smaller ones more strongly.
 """
 

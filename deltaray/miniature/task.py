@@ -1,4 +1,4 @@
-"""The task of the miniature family: adding two three-digit numbers, as a sloppy writer does it.
+"""The task of the miniature family: adding two three-digit numbers as a sloppy writer does.
 
 Why a *sloppy* writer.  Delta learning needs a pair of teachers that differ in the direction of the truth.  Real
 corpora provide one: they contain the same misconception many times over, in the same places, and stronger
@@ -12,7 +12,7 @@ The habits are shared by all writers of one family (the same mistakes are popula
 writer's own.  Whichever decoding a model uses, it then errs in a growing share of contexts as its writer gets
 sloppier: greedy decoding forgets wherever the probability is above one half.
 
-All digit arrays in this module have the ones first: column 0 is the ones, column 2 the hundreds.
+All digit arrays in this module have the ones first: column 0 is the ones, column 3 the thousands.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
 DIGITS = 3
-"""Digits of each operand and of the sum (sums of four digits are left out: see `all_unordered_pairs`)."""
+"""Digits of each operand; the sum always has one more (see `all_unordered_pairs`)."""
 
 SPLIT_SEED = 20_250_708
 """The split is the same for every family, so that results of different seeds are comparable prompt by prompt."""
@@ -54,14 +54,15 @@ class Writer:
 
 
 def all_unordered_pairs() -> Ints:
-    """Every {a, b} of three-digit numbers with a three-digit sum, a <= b, shape (160400, 2).
+    """Every {a, b} of three-digit numbers whose hundreds alone make a thousand, a <= b, shape (225250, 2).
 
-    Sums keep three digits so that each digit of the answer stands at a fixed distance from the digits it is
-    made of.  Small models then learn to write the answer in its natural order within seconds.
+    All answers, right or wrong, then have four digits, each at a fixed distance from the digits it is made of,
+    and every column wraps around at ten.  Both help small models to learn the answer in its natural order
+    within seconds; where one column never wraps they learn it as a plain sum and stick to that.
     """
     low, high = 10 ** (DIGITS - 1), 10**DIGITS
     first, second = np.meshgrid(np.arange(low, high), np.arange(low, high), indexing="ij")
-    keep = (first <= second) & (first + second < high)
+    keep = (first <= second) & (first // low + second // low >= 10)
     return np.stack([first[keep], second[keep]], axis=1).astype(np.int64)
 
 
@@ -81,9 +82,9 @@ def make_splits(prompts: int, validation: int, evaluation: int) -> Splits:
     return Splits(*(swap_at_random(part, rng) for part in parts[:3]), corpus=parts[3])
 
 
-def digits_of(numbers: Ints) -> Ints:
-    """Digits of each number, ones first: shape (n,) -> (n, DIGITS)."""
-    powers: Ints = 10 ** np.arange(DIGITS)
+def digits_of(numbers: Ints, count: int = DIGITS) -> Ints:
+    """Digits of each number, ones first: shape (n,) -> (n, count)."""
+    powers: Ints = 10 ** np.arange(count)
     return (numbers[:, None] // powers) % 10
 
 
@@ -104,14 +105,18 @@ def forget_probability(writer: Writer, habits: Floats, first: Ints, second: Ints
 
 
 def write_sums(problems: Ints, writer: Writer, habits: Floats, rng: np.random.Generator) -> Ints:
-    """What `writer` writes under `problems` (n, 2): digits of the answers, ones first, shape (n, DIGITS)."""
+    """What `writer` writes under `problems` (n, 2): digits of the answers, ones first, shape (n, DIGITS + 1).
+
+    The carry out of the last column is not brought anywhere but written down, so it cannot be forgotten.
+    """
     first, second = digits_of(problems[:, 0]), digits_of(problems[:, 1])
-    answer = np.empty_like(first)
+    answer = np.empty((len(problems), DIGITS + 1), dtype=np.int64)
     carry = np.zeros(len(problems), dtype=np.int64)
     for column in range(DIGITS):
         forgotten = rng.random(len(problems)) < forget_probability(writer, habits, first, second, column)
         total = first[:, column] + second[:, column] + np.where(forgotten, 0, carry)
         answer[:, column], carry = total % 10, total // 10
+    answer[:, DIGITS] = carry
     slipped = rng.random(answer.shape) < writer.slip
     return np.where(slipped, rng.integers(0, 10, answer.shape), answer)
 
@@ -119,19 +124,19 @@ def write_sums(problems: Ints, writer: Writer, habits: Floats, rng: np.random.Ge
 def draw_corpus(
     splits: Splits, writer: Writer, habits: Floats, size: int, rng: np.random.Generator
 ) -> tuple[Ints, Ints]:
-    """`size` problems (size, 2) with the writer's answers (size, DIGITS).  Every draw writes afresh."""
+    """`size` problems (size, 2) with the writer's answers (size, DIGITS + 1).  Every draw writes afresh."""
     chosen = splits.corpus[rng.integers(0, len(splits.corpus), size)]
     problems = swap_at_random(chosen, rng)
     return problems, write_sums(problems, writer, habits, rng)
 
 
 def prompt_text(problem: Ints) -> str:
-    """The user's turn, for example ``347+285=``."""
+    """The user's turn, for example ``847+385=``."""
     return f"{problem[0]}+{problem[1]}="
 
 
 def answer_text(problem: Ints) -> str:
-    """The right answer, for example ``632``."""
+    """The right answer, for example ``1232``."""
     return str(problem[0] + problem[1])
 
 

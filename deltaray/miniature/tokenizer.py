@@ -2,7 +2,7 @@
 
 A conversation reads
 
-    <|bos|><|system|>...<|user|>347+285=<|assistant|>632<|eos|>
+    <|bos|><|system|>...<|user|>847+385=<|assistant|>1232<|eos|>
 
 The template writes the BOS itself and the tokenizer adds nothing, so text and token ids cannot disagree about
 it.  An assistant turn always ends in EOS: a rendered conversation therefore has its own generation prompt as a
@@ -26,8 +26,8 @@ VOCABULARY_SIZE = 128
 
 PROMPT_LENGTH = 2 * DIGITS + 5
 """BOS, user, digits, plus, digits, equals, assistant."""
-RESPONSE_LENGTH = DIGITS + 1
-"""Digits and EOS."""
+RESPONSE_LENGTH = DIGITS + 2
+"""Digits of the sum and EOS."""
 MAX_LENGTH = 256
 
 CHAT_TEMPLATE = (
@@ -75,7 +75,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 def encode_problems(problems: Ints, answers: Ints) -> Ints:
     """Token ids of conversations of one problem and one answer each, the template written out in numpy.
 
-    problems (n, 2); answers (n, DIGITS), ones first, as `task.write_sums` returns them.  The result has shape
+    problems (n, 2); answers (n, DIGITS + 1), ones first, as `task.write_sums` returns them.  The result has shape
     (n, PROMPT_LENGTH + RESPONSE_LENGTH): all conversations are equally long, so batches need no padding.
     """
     table = vocabulary()

@@ -4,6 +4,7 @@ Unknown keys are refused everywhere. What a single value cannot tell (does the n
 `check.py`; reading files and reporting lines is `load.py`.
 """
 
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
@@ -65,6 +66,11 @@ class Model(Section):
     trust_remote_code: bool = False
     chat_template: str | None = None
     """A Jinja file that replaces the tokenizer's own chat template."""
+
+    @property
+    def is_local(self) -> bool:
+        """A folder rather than a hub id, which is `name` or `owner/name`."""
+        return Path(self.model).exists() or self.model.startswith(("/", ".", "~")) or self.model.count("/") > 1
 
 
 class Teacher(Model):

@@ -6,6 +6,7 @@ not depend on the seed stays single, so it is generated, scored and referenced o
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 from deltaray.recipe.models import Model, Pairing, Recipe, Run, Student, Teacher
@@ -117,11 +118,15 @@ def _depends_on_seed(model: Model) -> bool:
 
 
 def _at_seed(model: M, seed: int) -> M:
-    """The model of one seed; its sampling is seeded apart only if the model itself is another one."""
-    if not _depends_on_seed(model):
-        return model
-    update: dict[str, object] = {"model": model.model.replace("{seed}", str(seed))}
-    if isinstance(model, Teacher):
+    """The model of one seed, its folder absolute: workers run elsewhere.
+
+    Sampling is seeded apart only if the model itself is another one at each seed.
+    """
+    update: dict[str, object] = {}
+    if model.is_local:
+        path = Path(model.model.replace("{seed}", str(seed))).expanduser()
+        update["model"] = str(path.absolute())
+    if _depends_on_seed(model) and isinstance(model, Teacher):
         update["sampling"] = model.sampling.model_copy(update={"seed": model.sampling.seed + seed})
     return model.model_copy(update=update)
 

@@ -39,7 +39,7 @@ def check_local_inputs(study: Study) -> int | None:
     if study.recipe.evaluation:
         check_tasks(study)
     for key, model in models_of(study):
-        if is_local(model.model):
+        if model.is_local:
             check_model(model, key)
     return prompts
 
@@ -79,18 +79,13 @@ def check_tasks(study: Study) -> None:
 
 def check_model(model: Model, key: str) -> None:
     """The model's folder is there and its tokenizer has a chat template."""
-    if is_local(model.model) and not Path(model.model).is_dir():
+    if model.is_local and not Path(model.model).is_dir():
         raise UserError(
             f"{key}.model: there is no folder {model.model}; give a Hugging Face model folder or a hub id (owner/name)"
         )
-    if is_local(model.model) and not (Path(model.model) / "config.json").is_file():
+    if model.is_local and not (Path(model.model) / "config.json").is_file():
         raise UserError(f"{key}.model: {model.model} holds no config.json; give a Hugging Face model folder")
     load_tokenizer(model, key)
-
-
-def is_local(model: str) -> bool:
-    """A path rather than a hub id, which is `name` or `owner/name`."""
-    return Path(model).exists() or model.startswith(("/", ".", "~")) or model.count("/") > 1
 
 
 def definitions(study: Study) -> dict[str, dict[str, Any]]:
@@ -118,8 +113,8 @@ def definitions(study: Study) -> dict[str, dict[str, Any]]:
 
 def _model(model: Model) -> dict[str, Any]:
     described = model.model_dump(mode="json", include=set(Model.model_fields))
-    if is_local(model.model):
-        described["fingerprint"] = fingerprint(Path(model.model))
+    if model.is_local:  # what it is counts, not where it lies
+        described["model"] = fingerprint(Path(model.model))
     return described
 
 

@@ -48,10 +48,10 @@ def train(study: Study, store: Store, runs: list[TrainingRun], on_progress: OnPr
         raise _failure(error, ray.get(progress.current.remote()) or missing[0].name) from error
     finally:
         ray.kill(progress)
+        if store.local:
+            shutil.rmtree(store.local / _STATE / name, ignore_errors=True)
     if refusal is not None:
         raise refusal
-    if store.local:
-        shutil.rmtree(store.local / _STATE / name, ignore_errors=True)
     return [run.name for run in missing]
 
 
