@@ -18,7 +18,15 @@ from deltaray.recipe import Recipe, Study, dump_recipe, expand
 from deltaray.recipe.study import TrainingRun
 from deltaray.runtime.memory import PeakMemory
 from deltaray.runtime.preflight import check_inputs, check_local_inputs, definitions
-from deltaray.runtime.session import Capacity, declared_capacity, joins_cluster, refuse_impossible, start_ray, stop_ray
+from deltaray.runtime.session import (
+    Capacity,
+    declared_capacity,
+    joins_cluster,
+    logs_of_ray,
+    refuse_impossible,
+    start_ray,
+    stop_ray,
+)
 from deltaray.runtime.terminal import StageProgress, Terminal
 from deltaray.store import Store
 
@@ -113,6 +121,7 @@ class Pipeline:
     def _ray(self) -> Capacity:
         if self.capacity is None:
             self.capacity = start_ray(self.recipe.cluster)
+            self.terminal.say(f"what Ray, vLLM and DeepSpeed say goes to {self.terminal.log} and {logs_of_ray()}")
             refuse_impossible(self.study, self.capacity)
         return self.capacity
 
@@ -128,12 +137,13 @@ class Pipeline:
             raise StageError(_failure(stage, error, log)) from error
 
     @contextmanager
-    def _stage(self, stage: str, unit: str, left: int) -> Iterator[StageProgress]:
-        """Progress, timing and peak memory of a stage that has something to do."""
-        self._ray()
+    def _stage(self, stage: str, unit: str, left: int, shown: str | None = None) -> Iterator[StageProgress]:
+        """Progress, timing and peak memory of a stage that has `left` units to do; progress counts `shown`."""
         self.worked = True
         began, started = time.monotonic(), datetime.now(UTC)
-        with PeakMemory() as memory, self.terminal.progress(stage, unit) as progress:
+        self.terminal.say(f"{stage}: {left:,} {unit} to do")
+        self._ray()
+        with PeakMemory() as memory, self.terminal.progress(stage, shown or unit) as progress:
             yield progress
         record = {
             "stage": stage,
@@ -201,7 +211,7 @@ class Pipeline:
             if not self.store.committed(Store.pairs(run.pairing)):
                 raise UserError(f"{self.store.out}: pairing {run.pairing} has no pairs yet; run `deltaray pair` first")
         self._reference(runs)
-        with self._stage("train", "students", len(runs)) as progress:
+        with self._stage("train", "students", len(runs), shown="steps") as progress:
             train(self.study, self.store, runs, partial(_show_training, progress))
 
     def _reference(self, runs: list[TrainingRun]) -> None:

@@ -1,0 +1,86 @@
+"""What the suite shares: one Ray for tests inside this process, one study run through the command line."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deltaray.recipe import Recipe, load_recipe, shipped_recipe
+from deltaray.store import Store
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[Any]:
+    import ray
+
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False, object_store_memory=256 * 2**20)
+    yield ray
+    ray.shutdown()
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A finished command."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+
+def deltaray(*arguments: str, until: Callable[[], bool] | None = None, kill: int = signal.SIGKILL) -> Finished:
+    """Runs a command in the checkout; as soon as `until` is true it gets the signal `kill`."""
+    command = [sys.executable, "-m", "deltaray", *arguments]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while until is not None and process.poll() is None:
+        if until():
+            process.send_signal(kill)
+            break
+        time.sleep(0.02)
+    stdout, stderr = process.communicate()
+    return Finished(process.returncode, stdout, stderr)
+
+
+@dataclass(frozen=True)
+class StudyRun:
+    """The miniature study of this session: where it is and how its commands went."""
+
+    out: Path
+    arguments: tuple[str, ...]
+    interrupted: Finished
+    killed: Finished
+    finished: Finished
+
+    @property
+    def store(self) -> Store:
+        return Store(str(self.out))
+
+    @property
+    def recipe(self) -> Recipe:
+        return load_recipe(self.out / "recipe.yaml")
+
+
+@pytest.fixture(scope="session")
+def study(tmp_path_factory: pytest.TempPathFactory) -> StudyRun:
+    """The shipped miniature, interrupted once, killed once, then run to its end. Its family is cached in runs/."""
+    out = tmp_path_factory.mktemp("miniature") / "study"
+    recipe = str(shipped_recipe("miniature"))
+    arguments = ("--set", f"out={out}", "--set", "training.runs.sft.learning_rate=[1e-4,1e-3]")
+
+    def committed(files: int) -> Callable[[], bool]:
+        return lambda: len(list(out.glob("responses/*/*.parquet"))) >= files
+
+    interrupted = deltaray("generate", recipe, *arguments, until=committed(1), kill=signal.SIGINT)
+    killed = deltaray("run", recipe, *arguments, until=lambda: len(list(out.glob("students/*/config.json"))) >= 1)
+    finished = deltaray("run", recipe, *arguments)
+    assert finished.code == 0, finished.stderr[-3000:]
+    return StudyRun(out, arguments, interrupted, killed, finished)

@@ -1,0 +1,138 @@
+"""The user's mistakes, through the command line: exit code 2, one message that names what and the mend, no file."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ruamel.yaml import YAML
+from tiny_model import save_tiny
+
+from deltaray import cli
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    for seed, name in enumerate(("weak", "weaker", "student")):
+        save_tiny(folder / name, seed)
+    save_tiny(folder / "mute", 9)
+    (folder / "mute" / "chat_template.jinja").unlink()
+    return folder
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, models: Path) -> dict[str, Any]:
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "1+1="}\n{"prompt": "2+2="}\n')
+    (tmp_path / "tasks.jsonl").write_text('{"prompt": "3+3=", "answer": "6"}\n')
+    return {
+        "name": "study",
+        "out": str(tmp_path / "out"),
+        "prompts": {"path": str(tmp_path / "prompts.jsonl")},
+        "teachers": {"weak": {"model": str(models / "weak")}, "weaker": {"model": str(models / "weaker")}},
+        "pairings": {"delta": {"chosen": "weak", "rejected": "weaker"}},
+        "student": {"model": str(models / "student")},
+        "training": {"runs": {"delta": {"pairing": "delta", "learning_rate": 1e-5}}},
+        "evaluation": {"tasks": {"sums": {"path": str(tmp_path / "tasks.jsonl")}}},
+    }
+
+
+@pytest.fixture
+def refused(recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
+    """Runs the recipe, checks what all refusals have in common, returns the message."""
+
+    def run(*arguments: str, verb: str = "run") -> str:
+        path = tmp_path / "recipe.yaml"
+        YAML(typ="safe").dump(recipe, path)
+        monkeypatch.setattr(sys, "argv", ["deltaray", verb, str(path), *arguments])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        stdout, stderr = capfd.readouterr()
+        assert stop.value.code == 2, stderr
+        assert stderr.startswith("error: ") and "Traceback" not in stderr and not stdout
+        assert not (tmp_path / "out").exists()
+        return stderr.replace(str(tmp_path), "")
+
+    return run
+
+
+def test_missing_and_empty_prompt_file(recipe: dict[str, Any], refused: Any, tmp_path: Path) -> None:
+    recipe["prompts"]["path"] = str(tmp_path / "none.jsonl")
+    assert "prompts.path: there is no file /none.jsonl" in refused()
+    (tmp_path / "none.jsonl").write_text("")
+    assert "/none.jsonl: holds no prompts (prompts.path)" in refused()
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"prompt": "x"', "/prompts.jsonl:2: broken JSON"),
+        ('{"question": "x"}', "/prompts.jsonl:2: neither `prompt` nor `messages`"),
+        ('{"prompt": "1+1="}', "/prompts.jsonl:2: the same prompt as /prompts.jsonl:1"),
+    ],
+)
+def test_bad_prompt_rows(refused: Any, tmp_path: Path, line: str, message: str) -> None:
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "1+1="}\n' + line + "\n")
+    assert message in refused()
+
+
+def test_duplicate_ids(refused: Any, tmp_path: Path) -> None:
+    rows = [{"id": "a", "prompt": "x"}, {"id": "a", "prompt": "y"}]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "/prompts.jsonl:2: the same id as /prompts.jsonl:1" in refused()
+
+
+def test_a_teacher_that_does_not_exist(recipe: dict[str, Any], refused: Any, tmp_path: Path) -> None:
+    recipe["teachers"]["weak"]["model"] = str(tmp_path / "nobody")
+    assert "teachers.weak.model: there is no folder /nobody" in refused()
+    (tmp_path / "nobody").mkdir()
+    assert "teachers.weak.model: /nobody holds no config.json" in refused()
+
+
+def test_a_tokenizer_without_chat_template(recipe: dict[str, Any], refused: Any, models: Path) -> None:
+    recipe["teachers"]["weaker"]["model"] = str(models / "mute")
+    message = refused()
+    assert "teachers.weaker.model: the tokenizer of" in message and "teachers.weaker.chat_template" in message
+
+
+def test_both_sides_the_same_teacher(recipe: dict[str, Any], refused: Any) -> None:
+    recipe["pairings"]["delta"]["rejected"] = "weak"
+    assert "pairings.delta.rejected: chosen and rejected are both 'weak'" in refused()
+
+
+def test_an_unknown_loss(recipe: dict[str, Any], refused: Any) -> None:
+    recipe["training"]["runs"]["delta"]["loss"] = "ppo"
+    assert "training.runs.delta.loss: 'ppo' is not allowed; write 'dpo_norm', 'dpo' or 'sft'" in refused()
+
+
+@pytest.mark.parametrize("verb", ["run", "plan", "generate", "train"])
+def test_more_than_the_cluster_has(recipe: dict[str, Any], refused: Any, verb: str) -> None:
+    recipe["training"]["workers"] = 1000
+    assert "training.workers: 1000 training workers needs 1000 CPUs, the cluster has" in refused(verb=verb)
+    recipe["training"]["workers"] = 1
+    recipe["teachers"]["weak"]["engine"] = {"gpus": 64}
+    assert "teachers.weak.engine: vLLM for teacher weak needs 64 GPUs, the cluster has" in refused(verb=verb)
+
+
+def test_a_task_without_answers(refused: Any, tmp_path: Path) -> None:
+    (tmp_path / "tasks.jsonl").write_text('{"prompt": "3+3="}\n')
+    assert "evaluation.tasks.sums.path" in refused()
+
+
+def test_commands_that_do_not_exist(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["nonsense"], ["run"], ["plan", "x.yaml", "--nonsense"]):
+        monkeypatch.setattr(sys, "argv", ["deltaray", *arguments])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        assert stop.value.code == 2 and "Traceback" not in capfd.readouterr().err
+
+
+def test_folders_that_are_no_study(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for verb in ("status", "report"):
+        monkeypatch.setattr(sys, "argv", ["deltaray", verb, str(tmp_path)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        assert stop.value.code == 2 and "is no output folder of deltaray" in capfd.readouterr().err
