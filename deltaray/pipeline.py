@@ -204,7 +204,7 @@ class Pipeline:
     def _train(self) -> None:
         from deltaray.train.stage import train
 
-        runs = [run for run in self.study.runs.values() if not self.store.exists(Store.student(run.name))]
+        runs = [run for run in self.study.runs.values() if not self.store.has_student(run.name)]
         if not runs:
             return self._nothing("train", f"{len(self.study.runs)} students are trained")
         for run in runs:

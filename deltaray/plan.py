@@ -74,7 +74,7 @@ def _training_item(study: Study, store: Store, run: TrainingRun, capacity: Capac
     settings = run.settings
     rate = f"lr {settings.learning_rate:g}" if isinstance(settings.learning_rate, float) else ""
     where = f"{settings.loss}, {rate}, {training.workers} workers, {each} each, ZeRO-{training.zero_stage}"
-    return Item("train", run.name, "students", 1, int(store.exists(Store.student(run.name))), where)
+    return Item("train", run.name, "students", 1, int(store.has_student(run.name)), where)
 
 
 def evaluation_items(study: Study, store: Store, capacity: Capacity) -> list[Item]:

@@ -20,6 +20,9 @@ from pyarrow import fs
 
 from deltaray.errors import UserError
 
+COMPLETE = ".complete"
+"""Written last into a committed folder."""
+
 
 class Store:
     """One study's outputs on a local folder or an object store (`s3://…`, `gs://…`). Cheap to pickle."""
@@ -145,16 +148,20 @@ class Store:
         before = self.filesystem.open_input_file(path).read() if self.exists(path) else b""
         self.write_bytes(path, before + line)
 
+    def has_student(self, name: str) -> bool:
+        """Whether a trained student is there, complete."""
+        return self.exists(f"{Store.student(name)}/{COMPLETE}")
+
     def put_folder(self, local: Path, path: str) -> None:
         """Commits a whole folder (a Hugging Face model); nothing of it is visible before it is complete."""
         if self.local is None:
-            fs.copy_files(
-                str(local), path, source_filesystem=fs.LocalFileSystem(), destination_filesystem=self.filesystem
-            )
+            fs.copy_files(str(local), path, fs.LocalFileSystem(), self.filesystem)
+            self.write_bytes(f"{path}/{COMPLETE}", b"")  # an object store cannot rename a folder
             return
         target = self.local / path
         hidden = target.parent / f".{target.name}.{uuid.uuid4().hex}"
         shutil.copytree(local, hidden)
+        (hidden / COMPLETE).touch()
         if target.exists():
             shutil.rmtree(target)
         hidden.replace(target)
@@ -167,9 +174,7 @@ class Store:
         if not cache.exists():
             part = cache.with_name(f".{cache.name}.{uuid.uuid4().hex}")
             part.mkdir(parents=True)
-            fs.copy_files(
-                path, str(part), source_filesystem=self.filesystem, destination_filesystem=fs.LocalFileSystem()
-            )
+            fs.copy_files(path, str(part), self.filesystem, fs.LocalFileSystem())
             part.replace(cache)
         return str(cache)
 

@@ -80,7 +80,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> StudyRun:
         return lambda: len(list(out.glob("responses/*/*.parquet"))) >= files
 
     interrupted = deltaray("generate", recipe, *arguments, until=committed(1), kill=signal.SIGINT)
-    killed = deltaray("run", recipe, *arguments, until=lambda: len(list(out.glob("students/*/config.json"))) >= 1)
+    killed = deltaray("run", recipe, *arguments, until=lambda: len(list(out.glob("students/[a-z]*/config.json"))) >= 1)
     finished = deltaray("run", recipe, *arguments)
     assert finished.code == 0, finished.stderr[-3000:]
     return StudyRun(out, arguments, interrupted, killed, finished)

@@ -16,7 +16,8 @@ import psutil
 import pytest
 
 from deltaray.generate import stream
-from deltaray.generate.engine import EngineSpec, check_same_model, request_seed
+from deltaray.generate.engine import check_same_model, request_seed
+from deltaray.generate.spec import EngineSpec
 
 ray = pytest.importorskip("ray")
 if importlib.util.find_spec("vllm") is None:

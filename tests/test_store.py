@@ -61,7 +61,9 @@ def test_definitions_do_not_mix_and_nothing_is_written_when_refused(store: Store
 def test_a_folder_appears_complete(store: Store, tmp_path: Path) -> None:
     (tmp_path / "model" / "sub").mkdir(parents=True)
     (tmp_path / "model" / "sub" / "config.json").write_text("{}")
+    assert not store.has_student("delta")
     store.put_folder(tmp_path / "model", "students/delta")
+    assert store.has_student("delta")
     assert (Path(store.local_folder("students/delta")) / "sub" / "config.json").read_text() == "{}"
     assert [path.name for path in Path(store.local_folder("students")).iterdir()] == ["delta"]
 

@@ -24,7 +24,7 @@ def _choose(study: Study, store: Store, name: str, candidates: list[str]) -> Non
     assert evaluation is not None
     values = {item: evaluation_of(store, item, item, evaluation.selection)["mean"] for item in candidates}
     winner = candidates[int(np.argmax(list(values.values())))]
-    if not store.exists(Store.student(name)):
+    if not store.has_student(name):
         _copy_student(store, winner, name)
     metrics = f"{Store.training(winner)}/metrics.jsonl"
     with store.filesystem.open_input_file(metrics) as source:

@@ -15,6 +15,7 @@ from deltaray.contracts import EVALUATIONS
 from deltaray.evaluate.results import evaluation_of, summarise
 from deltaray.evaluate.select import choose_candidates
 from deltaray.generate.pools import OnRows, Pool, engine_spec, run_pools
+from deltaray.generate.spec import COSMETIC
 from deltaray.generate.units import Unit, missing_units
 from deltaray.prompts import read_prompts, store_prompts
 from deltaray.recipe.models import Engine, Model, Task
@@ -49,7 +50,7 @@ def models_to_evaluate(study: Study, store: Store) -> dict[str, tuple[Model, Eng
             teacher = study.teachers[evaluated.name]
             found[evaluated.name] = (teacher, teacher.engine, list(evaluation.tasks))
     for run in study.runs.values():
-        if student and store.exists(Store.student(run.name)):
+        if student and store.has_student(run.name):
             tasks = [*evaluation.tasks, *(evaluation.selection if run.candidate_of else {})]
             trained = Model(model=store.local_folder(Store.student(run.name)))
             found[run.name] = (trained, student.engine, tasks)
@@ -128,8 +129,8 @@ def _architecture(model: str) -> str:
     config = AutoConfig.from_pretrained(
         spec.model, revision=spec.revision, trust_remote_code=spec.trust_remote_code
     ).to_dict()
-    for volatile in ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"):
-        config.pop(volatile, None)
+    for name in COSMETIC:
+        config.pop(name, None)
     tokenizer = load_tokenizer(spec, "model").backend_tokenizer.to_str()
     text = json.dumps(config, sort_keys=True, default=str) + tokenizer
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from deltaray.generate.engine import EngineSpec
+from deltaray.generate.spec import EngineSpec
 from deltaray.generate.stream import stream_units
 from deltaray.generate.units import Unit, load_unit
 from deltaray.recipe.models import Engine, Model

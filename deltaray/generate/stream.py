@@ -11,7 +11,8 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from deltaray.generate.engine import Engine, EngineSpec
+from deltaray.generate.engine import Engine
+from deltaray.generate.spec import EngineSpec
 
 Unit = dict[str, Any]
 Packed = dict[str, bytes]

@@ -135,9 +135,7 @@ def response_loss(model: LlamaForCausalLM, ids: Tensor) -> Tensor:
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
-def batches(
-    spec: ModelSpec, seed: int, splits: Splits, training: Training = TRAINING
-) -> Iterator[Tensor]:
+def batches(spec: ModelSpec, seed: int, splits: Splits, training: Training = TRAINING) -> Iterator[Tensor]:
     """Freshly written conversations (batch, length), for ever.
 
     The habits depend on the seed alone, what is drawn and forgotten on the model too: its corpus is its own.
@@ -155,9 +153,7 @@ def build_optimizers(model: LlamaForCausalLM, training: Training) -> list[torch.
     matrices = [p for name, p in named if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in named if p.ndim != 2 or "embed" in name]
     return [
-        torch.optim.Muon(
-            matrices, lr=training.matrix_learning_rate, weight_decay=training.weight_decay, ns_steps=4
-        ),
+        torch.optim.Muon(matrices, lr=training.matrix_learning_rate, weight_decay=training.weight_decay, ns_steps=4),
         torch.optim.AdamW(
             others,
             lr=training.vector_learning_rate,
@@ -214,8 +210,7 @@ def fit(
     """The training loop; `model` is changed in place."""
     optimizers = build_optimizers(model, training)
     schedulers = [
-        torch.optim.lr_scheduler.LambdaLR(o, lambda step: rate_factor(step, steps, training.warmup))
-        for o in optimizers
+        torch.optim.lr_scheduler.LambdaLR(o, lambda step: rate_factor(step, steps, training.warmup)) for o in optimizers
     ]
     reported = time.monotonic()
     for step in range(steps):

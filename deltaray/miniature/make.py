@@ -121,9 +121,7 @@ def _make_model_task(folder: str, spec: ModelSpec, seed: int, board: Any) -> str
     return spec.name
 
 
-def _make_in_parallel(
-    seed_directory: Path, specs: Iterable[ModelSpec], seed: int, on_progress: FamilyProgress
-) -> None:
+def _make_in_parallel(seed_directory: Path, specs: Iterable[ModelSpec], seed: int, on_progress: FamilyProgress) -> None:
     """Train `specs` in Ray tasks, the longest first, `PARALLEL` at a time."""
     task = ray.remote(num_cpus=1, max_retries=1)(_make_model_task)
     board = ray.remote(num_cpus=0)(ProgressBoard).remote()

@@ -56,7 +56,7 @@ def train_runs(job: Job) -> None:
 
 def _missing(job: Job) -> list[TrainingRun]:
     """As rank 0 sees it: workers that looked for themselves could disagree, and then wait for each other for ever."""
-    names = [[run.name for run in job.runs if not job.store.exists(Store.student(run.name))]]
+    names = [[run.name for run in job.runs if not job.store.has_student(run.name)]]
     dist.broadcast_object_list(names, src=0)
     return [run for run in job.runs if run.name in names[0]]
 

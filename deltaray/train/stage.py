@@ -34,7 +34,7 @@ def train(study: Study, store: Store, runs: list[TrainingRun], on_progress: OnPr
         StageError: a run failed more often than it is retried, or its pairs and references do not fit together; what
             is committed stays.
     """
-    missing = [run for run in runs if not store.exists(Store.student(run.name))]
+    missing = [run for run in runs if not store.has_student(run.name)]
     training = study.recipe.training
     if not missing or training is None:
         return []
