@@ -1,0 +1,80 @@
+"""What the README tells a user to type works: its recipe is parsed, its commands are run.
+
+The stages themselves run for real in test_study.py, so commands that start them are planned here.
+"""
+
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, StudyRun, deltaray
+from ruamel.yaml import YAML
+
+from deltaray import cli
+from deltaray.recipe import load_recipe
+
+README = (ROOT / "README.md").read_text()
+COMMANDS = [
+    line.partition("#")[0].strip()
+    for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    for line in block.splitlines()
+    if line.strip()
+]
+RECIPE = re.search(r"```yaml\n(# study.yaml\n.*?)```", README, re.DOTALL)
+STAGES = ("run", "generate", "pair", "train", "evaluate")
+
+
+def test_every_make_command_is_what_ci_runs() -> None:
+    targets = [command for command in COMMANDS if command.startswith("make")]
+    assert targets and all(command in (ROOT / ".ci/run").read_text().splitlines() for command in targets)
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if not command.startswith("make")])
+def test_every_deltaray_command_is_understood(
+    command: str, study: StudyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert RECIPE is not None
+    (tmp_path / "study.yaml").write_text(RECIPE[1])
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "1+1="}\n')
+    monkeypatch.chdir(tmp_path)
+    program, verb, *arguments = shlex.split(command)
+    if "runs/my-study" in arguments:
+        arguments = [str(study.out)]
+    monkeypatch.setattr(sys, "argv", [program, "plan" if verb in STAGES else verb, *arguments])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 0, capfd.readouterr().err
+    assert verb in (*STAGES, "plan", "status", "report")
+
+
+def test_the_readme_recipe_is_a_recipe(tmp_path: Path) -> None:
+    assert RECIPE is not None
+    (tmp_path / "study.yaml").write_text(RECIPE[1])
+    assert load_recipe(tmp_path / "study.yaml").training is not None
+
+
+def test_paths_in_the_readme_exist() -> None:
+    links = re.findall(r"\]\((?!http)([^)#]+)\)", README)
+    assert links and all((ROOT / link).exists() for link in links)
+
+
+def test_a_running_cluster_is_joined_by_its_address(study: StudyRun, ray_session: object, tmp_path: Path) -> None:
+    """`pair` on the Ray of this process: the same pairs as the embedded one made."""
+    import ray
+
+    recipe = YAML(typ="safe").load(study.out / "recipe.yaml")
+    recipe["out"] = str(tmp_path / "out")
+    YAML(typ="safe").dump(recipe, tmp_path / "joined.yaml")
+    (tmp_path / "out").mkdir()
+    for folder in ("prompts", "responses", "scores", ".deltaray/definitions"):
+        (tmp_path / "out" / folder).parent.mkdir(exist_ok=True)
+        (tmp_path / "out" / folder).symlink_to(study.out / folder)
+    address = ray.get_runtime_context().gcs_address
+    joined = deltaray("pair", str(tmp_path / "joined.yaml"), "--set", f"cluster.address={address}")
+    assert joined.code == 0, joined.stderr
+    files = sorted((study.out / "pairs").rglob("*.parquet"))
+    assert files and all(
+        (tmp_path / "out" / file.relative_to(study.out)).read_bytes() == file.read_bytes() for file in files
+    )
