@@ -38,11 +38,12 @@ def main() -> NoReturn:
         terminal.say(f"error: {error}")
         code = error.exit_code
     except (KeyboardInterrupt, typer.Abort):
-        terminal.say("interrupted; what is committed is safe: run the same command again to resume")
         code = INTERRUPTED
     except TyperException as error:
         terminal.say(f"error: {error.format_message()}")
         code = 2
+    if code == INTERRUPTED:
+        terminal.say("interrupted; what is committed is safe: run the same command again to resume")
     sys.exit(code)
 
 

@@ -51,6 +51,7 @@ def summarise(study: Study, store: Store) -> dict[str, Any]:
         "tasks": list(evaluation.tasks),
         "seeds": list(study.recipe.seeds),
         "names": names,
+        "claims": list(evaluation.claims),
         "comparisons": [claim for claim in claims if claim],
     }
 

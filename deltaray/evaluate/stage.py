@@ -85,6 +85,15 @@ def evaluate(study: Study, store: Store, capacity: Capacity, on_rows: OnRows) ->
     return _conclude(study, store, models)
 
 
+def is_concluded(study: Study, store: Store) -> bool:
+    """Whether the summary covers every model and claim of the recipe."""
+    if study.recipe.evaluation is None or not store.exists("evaluation/summary.json"):
+        return False
+    summary = store.read_json("evaluation/summary.json")
+    covered = {model.base for model in study.evaluated.values()} <= summary["names"].keys()
+    return covered and summary["claims"] == study.recipe.evaluation.claims
+
+
 def _conclude(study: Study, store: Store, models: dict[str, Any]) -> dict[str, Any]:
     evaluation = study.recipe.evaluation
     assert evaluation is not None

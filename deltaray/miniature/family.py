@@ -51,9 +51,9 @@ class Training:
     batch: int = 64
     matrix_learning_rate: float = 0.02
     """For Muon, which trains the matrices of the blocks in about a third of the steps AdamW needs here."""
-    vector_learning_rate: float = 4e-3
+    vector_learning_rate: float = 1e-2
     """For AdamW on the embedding and the norms."""
-    weight_decay: float = 0.01
+    weight_decay: float = 0.1
     warmup: float = 0.05
     initializer_range: float = 0.12
     rope_theta: float = 100.0
@@ -74,13 +74,13 @@ class SplitSizes:
 
 
 LADDER = (
-    ModelSpec("mini-xs", hidden=64, layers=2, intermediate=64, forget=0.92, steps=500),
-    ModelSpec("mini-s", hidden=64, layers=2, intermediate=128, forget=0.84, steps=500),
-    ModelSpec("mini-m", hidden=64, layers=2, intermediate=192, forget=0.72, steps=500),
-    ModelSpec("mini-l", hidden=64, layers=3, intermediate=128, forget=0.61, steps=500),
+    ModelSpec("mini-xs", hidden=64, layers=2, intermediate=160, forget=0.92, steps=500),
+    ModelSpec("mini-s", hidden=64, layers=2, intermediate=192, forget=0.82, steps=500),
+    ModelSpec("mini-m", hidden=64, layers=2, intermediate=256, forget=0.68, steps=500),
+    ModelSpec("mini-l", hidden=64, layers=2, intermediate=320, forget=0.55, steps=500),
 )
 """Teachers, weakest first."""
-STUDENT = ModelSpec("student", hidden=64, layers=3, intermediate=256, forget=0.50, steps=500)
+STUDENT = ModelSpec("student", hidden=64, layers=3, intermediate=256, forget=0.42, steps=700)
 FAMILY = (*LADDER, STUDENT)
 TRAINING = Training()
 SPLIT_SIZES = SplitSizes()
@@ -216,8 +216,9 @@ def fit(
     for step in range(steps):
         response_loss(model, next(data)).backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for part in (*optimizers, *schedulers):
-            part.step()
+        for optimizer, scheduler in zip(optimizers, schedulers, strict=True):
+            optimizer.step()
+            scheduler.step()
         model.zero_grad(set_to_none=True)
         if step + 1 == steps or time.monotonic() - reported > 0.5:
             reported = time.monotonic()

@@ -79,7 +79,8 @@ def make_splits(prompts: int, validation: int, evaluation: int) -> Splits:
     if held_out >= len(pairs):
         raise ValueError(f"{held_out} held-out problems leave none of {len(pairs)} for the corpora")
     parts = np.split(pairs, np.cumsum([prompts, validation, evaluation]))
-    return Splits(*(swap_at_random(part, rng) for part in parts[:3]), corpus=parts[3])
+    dealt = [swap_at_random(part, rng) for part in parts[:3]]
+    return Splits(prompts=dealt[0], validation=dealt[1], evaluation=dealt[2], corpus=parts[3])
 
 
 def digits_of(numbers: Ints, count: int = DIGITS) -> Ints:

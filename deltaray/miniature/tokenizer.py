@@ -79,14 +79,18 @@ def encode_problems(problems: Ints, answers: Ints) -> Ints:
     (n, PROMPT_LENGTH + RESPONSE_LENGTH): all conversations are equally long, so batches need no padding.
     """
     table = vocabulary()
-    columns = [
-        *(table[token] for token in (BOS, "<|user|>")),
-        digits_of(problems[:, 0])[:, ::-1] + table["0"],
-        table["+"],
-        digits_of(problems[:, 1])[:, ::-1] + table["0"],
-        *(table[token] for token in ("=", "<|assistant|>")),
-        answers[:, ::-1] + table["0"],
-        table[EOS],
+    zero, count = table["0"], len(problems)
+
+    def same(*tokens: str) -> Ints:
+        return np.tile(np.array([table[token] for token in tokens], dtype=np.int64), (count, 1))
+
+    parts: list[Ints] = [
+        same(BOS, "<|user|>"),
+        digits_of(problems[:, 0])[:, ::-1] + zero,
+        same("+"),
+        digits_of(problems[:, 1])[:, ::-1] + zero,
+        same("=", "<|assistant|>"),
+        answers[:, ::-1] + zero,
+        same(EOS),
     ]
-    filled = [np.full((len(problems), 1), item) if isinstance(item, int) else item for item in columns]
-    return np.concatenate(filled, axis=1)
+    return np.concatenate(parts, axis=1)
