@@ -1,6 +1,6 @@
 """The stages in order: each finds what is done already, does only the rest, and says what it did.
 
-This is the Python API behind the command line: `Pipeline(recipe, terminal).run(["generate", "pair"])`.
+This is the Python API behind the command line: `Pipeline(load_recipe(path)).run(["generate", "pair"])`.
 """
 
 import time
@@ -36,8 +36,8 @@ STAGES = ("miniature", "generate", "pair", "train", "evaluate", "report")
 class Pipeline:
     """One study on one cluster. Ray is started when the first stage has something to do."""
 
-    def __init__(self, recipe: Recipe, terminal: Terminal) -> None:
-        self.recipe, self.terminal = recipe, terminal
+    def __init__(self, recipe: Recipe, terminal: Terminal | None = None) -> None:
+        self.recipe, self.terminal = recipe, terminal or Terminal()
         self.study: Study = expand(recipe)
         self.store = Store(recipe.out)
         self.capacity: Capacity | None = None
@@ -257,8 +257,14 @@ def _show_training(progress: StageProgress, run: str, step: int, total: int, met
 
 
 def _failure(stage: str, error: Exception, log: Path) -> str:
-    reason = next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
     return (
-        f"{stage} failed: {type(error).__name__}: {reason}\n"
-        f"the log is {log}\nwhat is committed is safe: run the same command again to resume"
+        f"{stage} failed: {type(error).__name__}: {_reason(error)}\n"
+        f"the log is {log}\nwhat is committed is safe: mend the cause and run the same command again to resume"
     )
+
+
+def _reason(error: Exception) -> str:
+    """The line that tells most of a message that may hold a remote traceback: the last that speaks of an error."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    telling = [line for line in lines if "error" in line.lower() and "https://" not in line]
+    return (telling or lines or ["no message"])[-1]

@@ -149,6 +149,7 @@ class Training(Section):
     """Default: 1 if the cluster has GPUs, else 0."""
     cpus_per_worker: float = Field(1.0, gt=0)
     zero_stage: Literal[0, 1, 2, 3] = 3
+    """0 runs as 1: DeepSpeed's stage 0 tells no gradient norm and saves no memory over it."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     micro_batch_size: int = Field(1, ge=1)
     """Pairs per worker and forward pass; gradients are accumulated up to a run's batch_size."""
