@@ -41,7 +41,9 @@ class Pipeline:
         self.study: Study = expand(recipe)
         self.store = Store(recipe.out)
         self.capacity: Capacity | None = None
-        self.worked = False
+        self.worked = self.bound = False
+        self.named_log: Path | None = None
+        self.records: list[dict[str, Any]] = []
 
     # --- before anything runs ---------------------------------------------------------------------------------
     def plan(self) -> tuple[list[Item], Capacity]:
@@ -117,11 +119,12 @@ class Pipeline:
         resolved = dump_recipe(self.recipe).encode()
         self.store.write_bytes("recipe.yaml", resolved)
         store_prompts(self.store, prompts, self.recipe.shard_size)
+        self.bound = True
+        self._keep_records()
 
     def _ray(self) -> Capacity:
         if self.capacity is None:
             self.capacity = start_ray(self.recipe.cluster)
-            self.terminal.say(f"what Ray, vLLM and DeepSpeed say goes to {self.terminal.log} and {logs_of_ray()}")
             refuse_impossible(self.study, self.capacity)
         return self.capacity
 
@@ -143,6 +146,7 @@ class Pipeline:
         began, started = time.monotonic(), datetime.now(UTC)
         self.terminal.say(f"{stage}: {left:,} {unit} to do")
         self._ray()
+        self._name_logs()
         with PeakMemory() as memory, self.terminal.progress(stage, shown or unit) as progress:
             yield progress
         record = {
@@ -154,22 +158,34 @@ class Pipeline:
             "tokens": progress.tokens,
             "peak_gib": round(memory.gib, 2),
         }
-        self.store.append_line(".deltaray/stages.jsonl", record)
+        self.records.append(record)
+        self._keep_records()
         self.terminal.say(f"{stage}: {left:,} {unit} in {record['seconds']:,} s, peak {memory.gib:.1f} GiB")
+
+    def _name_logs(self) -> None:
+        if self.terminal.log != self.named_log:
+            self.named_log = self.terminal.log
+            self.terminal.say(f"what Ray, vLLM and DeepSpeed say goes to {self.named_log} and {logs_of_ray()}")
+
+    def _keep_records(self) -> None:
+        """Writes the stages' records once `out` is known to be this study's."""
+        while self.bound and self.records:
+            self.store.append_line(".deltaray/stages.jsonl", self.records.pop(0))
 
     def _nothing(self, stage: str, what: str) -> None:
         self.terminal.say(f"{stage}: nothing to do ({what})")
 
     # --- the stages -------------------------------------------------------------------------------------------
     def _make_family(self) -> None:
+        from deltaray.miniature.family import FAMILY
         from deltaray.miniature.make import make_family
 
         assert self.recipe.miniature is not None
-        start_ray(self.recipe.cluster)
-        directory = Path(self.recipe.miniature.directory)
-        with self.terminal.progress("miniature", "steps") as progress:
+        directory, several = Path(self.recipe.miniature.directory), len(self.recipe.seeds) > 1
+        with self._stage("miniature", "models", len(FAMILY) * len(self.recipe.seeds), shown="steps") as progress:
             for seed in self.recipe.seeds:
-                make_family(directory, seed, lambda name, step, total: progress.update(name, step, total))
+                suffix = f"-seed{seed}" if several else ""
+                make_family(directory, seed, lambda name, *step, end=suffix: progress.update(name + end, *step))
 
     def _generate(self) -> None:
         from deltaray.generate.stage import generate, teacher_units

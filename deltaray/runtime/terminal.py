@@ -73,7 +73,14 @@ class Terminal:
 
 def _bars(console: Console) -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
-    return Progress(*columns, TimeElapsedColumn(), console=console, refresh_per_second=4)
+    return Progress(
+        *columns,
+        TimeElapsedColumn(),
+        console=console,
+        refresh_per_second=4,
+        redirect_stdout=False,  # sys.stdout and sys.stderr stay what they are: chatter belongs into the log
+        redirect_stderr=False,
+    )
 
 
 class StageProgress:
