@@ -88,17 +88,6 @@ def unit_of(name: str, model: str, settings: dict[str, Any], prompts: list[str],
 
 
 @pytest.fixture(scope="module")
-def ray_session():
-    started = not ray.is_initialized()
-    if started:
-        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-        ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False)
-    yield
-    if started:
-        ray.shutdown()
-
-
-@pytest.fixture(scope="module")
 def two_models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     return make_model(folder / "a", 1), make_model(folder / "b", 2)

@@ -5,7 +5,6 @@ One study is trained once for all tests; a plain PyTorch loop in this process sa
 
 import json
 import math
-import os
 
 import pyarrow as pa
 import pytest
@@ -20,20 +19,6 @@ from deltaray.store import Store
 from deltaray.train.batches import batch_at, read_examples
 from deltaray.train.schedule import learning_rate
 from deltaray.train.stage import train
-
-try:
-    from conftest import ray_session
-except ImportError:
-
-    @pytest.fixture(scope="session")
-    def ray_session():
-        import ray
-
-        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-        ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False, object_store_memory=256 * 2**20)
-        yield
-        ray.shutdown()
-
 
 PROMPT_COUNT, STEPS = 25, 6  # batches of 10, 10 and 5 pairs, twice
 
