@@ -16,7 +16,7 @@ from conftest import StudyRun, deltaray
 from deltaray.contracts import METRICS, PAIRS, REFERENCES, RESPONSES, SCORES
 from deltaray.recipe import shipped_recipe
 
-TEACHERS = ("mini-l", "mini-m")
+TEACHERS = ("mini-m", "mini-xs")
 TRAINED = ("delta", "reversed", "wrong", "sft")
 
 
@@ -105,7 +105,7 @@ def test_pairs_and_funnel_keep_the_contract(study: StudyRun, prompts: dict[str, 
 
 def test_a_pairing_is_a_join_of_stored_responses(study: StudyRun) -> None:
     texts = {t: {row["prompt_id"]: row["text"] for row in rows(study.out / f"responses/teacher={t}")} for t in TEACHERS}
-    strong, weak = texts["mini-l"], texts["mini-m"]
+    strong, weak = texts["mini-m"], texts["mini-xs"]
     delta = {p["prompt_id"]: (p["chosen"][0]["content"], p["rejected"][0]["content"])
              for p in rows(study.out / "pairs/pairing=delta")}  # fmt: skip
     assert delta == {i: (strong[i], weak[i]) for i in strong if strong[i] != weak[i]}
@@ -113,7 +113,7 @@ def test_a_pairing_is_a_join_of_stored_responses(study: StudyRun) -> None:
               for p in rows(study.out / "pairs/pairing=reversed")}  # fmt: skip
     assert turned == delta
     wrong = {p["prompt_id"] for p in rows(study.out / "pairs/pairing=wrong")}
-    scores = {row["prompt_id"]: row["score"] for row in rows(study.out / "scores/scorer=exact/teacher=mini-l")}
+    scores = {row["prompt_id"]: row["score"] for row in rows(study.out / "scores/scorer=exact/teacher=mini-m")}
     assert wrong == {i for i in delta if scores[i] == 0}
 
 
@@ -211,7 +211,7 @@ def test_held_out_prompts_are_held_out(study: StudyRun, prompts: dict[str, str])
 def test_delta_learning_happens(study: StudyRun) -> None:
     summary = json.loads((study.out / "evaluation/summary.json").read_text())
     means = {name: entry["mean"]["mean"] for name, entry in summary["names"].items()}
-    assert means["delta"] > means["student"] > means["mini-l"] > means["mini-m"]
+    assert means["delta"] > means["student"] > means["mini-m"] > means["mini-xs"]
     assert means["delta"] > means["sft"] and means["student"] > means["reversed"]
     for claim in summary["comparisons"]:
         assert claim["holds"] == (claim["low"] > 0)
@@ -250,11 +250,11 @@ def test_status_and_plan_say_that_all_is_done(study: StudyRun) -> None:
 
 def test_the_report_holds_the_study(study: StudyRun) -> None:
     html = (study.out / "report.html").read_text()
-    assert "mini-l" in html and "pairing" in html and len(html) > 1_000_000
+    assert "mini-m" in html and "pairing" in html and len(html) > 1_000_000
 
 
 def test_an_out_of_another_recipe_is_refused(study: StudyRun) -> None:
     recipe = str(shipped_recipe("miniature"))
-    run = deltaray("run", recipe, *study.arguments, "--set", "teachers.mini-l.sampling.temperature=0.5")
+    run = deltaray("run", recipe, *study.arguments, "--set", "teachers.mini-m.sampling.temperature=0.5")
     assert run.code == 2 and "belongs to another recipe" in run.stderr
-    assert "responses/teacher=mini-l: temperature was 1.0 and is now 0.5" in run.stderr
+    assert "responses/teacher=mini-m: temperature was 1.0 and is now 0.5" in run.stderr
