@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from deltaray.errors import UserError
+from deltaray.pipeline import Pipeline
 from deltaray.recipe import Recipe, dump_recipe, expand, load_recipe, recipe_folder
 
 GOOD = """\
@@ -136,6 +137,19 @@ def test_a_grid_needs_tasks_to_choose_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", sorted(recipe_folder().glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_shipped_recipe_is_parsed(path: Path) -> None:
-    study = expand(load_recipe(path))
-    assert study.pairings and study.runs
+def test_every_shipped_recipe_is_parsed_and_planned(path: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(path, [f"out={tmp_path / 'out'}", "cluster.cpus=256", "cluster.gpus=64"])
+    items, capacity = Pipeline(recipe).plan()
+    study = expand(recipe)
+    planned = {stage: {item.name for item in items if item.stage == stage} for stage in ("generate", "pair", "train")}
+    assert planned == {"generate": set(study.paired_teachers()), "pair": set(study.pairings), "train": set(study.runs)}
+    assert capacity.gpus == 64 and not (tmp_path / "out").exists()
+
+
+def test_the_ladder_pairs_seven_teachers_21_times() -> None:
+    study = expand(load_recipe(recipe_folder() / "qwen2.5-ladder.yaml"))
+    sizes = list(study.teachers)
+    assert len(sizes) == 7 and len(study.pairings) == len(study.runs) == 21
+    assert all(sizes.index(pairing.chosen) > sizes.index(pairing.rejected) for pairing in study.pairings.values())
+    rates = {name: (run.settings.learning_rate, run.settings.beta) for name, run in study.runs.items()}
+    assert rates["1.5b-over-0.5b"] == (1e-7, 5) and rates["72b-over-7b"] == (1e-7, 10)

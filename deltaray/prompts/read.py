@@ -52,8 +52,9 @@ def read_prompts(path: str, key: str, limit: int | None = None, drop_duplicates:
 
 
 def is_hub_dataset(path: str) -> bool:
-    """`owner/name` that is no file here."""
-    return not Path(path).exists() and not Path(path).suffix and not Path(path).is_absolute() and path.count("/") == 1
+    """`owner/name` that is no file here and does not look like one."""
+    file = Path(path)
+    return path.count("/") == 1 and not (file.exists() or file.is_absolute() or file.suffix in READERS)
 
 
 def _open(path: str, key: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -64,10 +65,9 @@ def _open(path: str, key: str) -> Iterator[tuple[str, dict[str, Any]]]:
         return _dataset(path, key)
     if not file.exists():
         raise UserError(f"{key}: there is no file {path}; give a JSONL, JSON, Parquet or CSV file")
-    readers = {".jsonl": _jsonl, ".json": _json, ".parquet": _parquet, ".csv": _csv}
-    if file.suffix not in readers:
-        raise UserError(f"{key}: {path}: unknown kind {file.suffix!r}; use .jsonl, .json, .parquet or .csv")
-    return readers[file.suffix](file)
+    if file.suffix not in READERS:
+        raise UserError(f"{key}: {path}: unknown kind {file.suffix!r}; use {', '.join(READERS)}")
+    return READERS[file.suffix](file)
 
 
 def _text(file: Path) -> str:
@@ -125,6 +125,10 @@ def _csv(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     reader = csv.DictReader(_text(file).splitlines(keepends=True))
     for row in reader:
         yield f"{file}:{reader.line_num}", {key: value for key, value in row.items() if key and value != ""}
+
+
+READERS = {".jsonl": _jsonl, ".json": _json, ".parquet": _parquet, ".csv": _csv}
+"""By the end of the file's name."""
 
 
 def _dataset(name: str, key: str) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -19,13 +19,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 PLAIN_INTERVAL = 5.0
 """Seconds between progress lines when stderr is no terminal."""
 
+PLAIN_WIDTH = 160
+
 
 class Terminal:
     """The real stdout and stderr, whatever happens to descriptors 1 and 2."""
 
     def __init__(self) -> None:
-        self.out = Console(file=os.fdopen(os.dup(1), "w", encoding="utf-8"), highlight=False, soft_wrap=True)
-        self.err = Console(file=os.fdopen(os.dup(2), "w", encoding="utf-8"), highlight=False, soft_wrap=True)
+        self.out, self.err = _console(1), _console(2)
         self.log: Path | None = None
 
     def say(self, text: str) -> None:
@@ -69,6 +70,13 @@ class Terminal:
             return
         with live:
             yield view
+
+
+def _console(descriptor: int) -> Console:
+    """On a private copy of the descriptor; what goes into a pipe or a file is not cut to a terminal's width."""
+    width = None if os.isatty(descriptor) else PLAIN_WIDTH
+    file = os.fdopen(os.dup(descriptor), "w", encoding="utf-8")
+    return Console(file=file, highlight=False, soft_wrap=True, width=width)
 
 
 def _bars(console: Console) -> Progress:
