@@ -243,10 +243,10 @@ class Pipeline:
                 reference(self.study, self.store, student, teachers, progress.update)
 
     def _evaluate(self) -> None:
-        from deltaray.evaluate.stage import evaluate, evaluation_units, is_concluded, store_task_prompts
+        from deltaray.evaluate.stage import evaluate, evaluation_work, is_concluded, store_task_prompts
 
         store_task_prompts(self.study, self.store)
-        units = [unit for group in evaluation_units(self.study, self.store).values() for unit in group]
+        units = [unit for _, _, group in evaluation_work(self.study, self.store) for unit in group]
         left = sum(len(unit["prompt_ids"]) * unit["samples"] for unit in units)
         if not left and is_concluded(self.study, self.store):
             return self._nothing("evaluate", f"{len(self.study.evaluated)} models are evaluated")

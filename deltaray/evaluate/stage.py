@@ -3,19 +3,15 @@
 Models of one architecture share one vLLM engine, whose weights are swapped between their units.
 """
 
-import hashlib
-import json
-from functools import lru_cache
 from typing import Any
 
 import pyarrow as pa
 
-from deltaray.chat import load_tokenizer
 from deltaray.contracts import EVALUATIONS
 from deltaray.evaluate.results import evaluation_of, summarise
 from deltaray.evaluate.select import choose_candidates
-from deltaray.generate.pools import OnRows, Pool, engine_spec, run_pools
-from deltaray.generate.spec import COSMETIC
+from deltaray.generate.pools import OnRows, run_pools
+from deltaray.generate.share import shared_pools
 from deltaray.generate.units import Unit, missing_units
 from deltaray.prompts import read_prompts, store_prompts
 from deltaray.recipe.models import Engine, Model, Task
@@ -57,32 +53,27 @@ def models_to_evaluate(study: Study, store: Store) -> dict[str, tuple[Model, Eng
     return found
 
 
-def evaluation_units(study: Study, store: Store) -> dict[str, list[Unit]]:
-    """Engine key -> the units that its replicas still have to answer."""
-    tasks = all_tasks(study)
-    groups: dict[str, list[Unit]] = {}
+def evaluation_work(study: Study, store: Store) -> list[tuple[Model, Engine, list[Unit]]]:
+    """What every model still has to answer."""
+    tasks, work = all_tasks(study), []
     for name, (model, engine, names) in models_to_evaluate(study, store).items():
-        for task in names:
-            destination = Store.evaluation_responses(name, task)
-            prompts = Store.evaluation_prompts(task)
-            units = missing_units(
-                store, prompts, destination, model, tasks[task].sampling, name=name, metric=tasks[task].metric
-            )
-            if units:
-                groups.setdefault(_engine_key(model, engine), []).extend(units)
-    return groups
+        units = [unit for task in names for unit in _task_units(store, name, model, task, tasks[task])]
+        if units:
+            work.append((model, engine, units))
+    return work
+
+
+def _task_units(store: Store, name: str, model: Model, task: str, spec: Task) -> list[Unit]:
+    destination, prompts = Store.evaluation_responses(name, task), Store.evaluation_prompts(task)
+    return missing_units(store, prompts, destination, model, spec.sampling, name=name, metric=spec.metric)
 
 
 def evaluate(study: Study, store: Store, capacity: Capacity, on_rows: OnRows) -> dict[str, Any]:
     """Completes all evaluations; returns the summary."""
     store_task_prompts(study, store)
-    models = models_to_evaluate(study, store)
-    pools = []
-    for units in evaluation_units(study, store).values():
-        model, engine, _ = models[units[0]["name"]]
-        pools.append(Pool(engine_spec(model, engine, capacity), units))
+    pools = shared_pools(evaluation_work(study, store), capacity)
     run_pools(store, pools, capacity, write_evaluation, on_rows)
-    return _conclude(study, store, models)
+    return _conclude(study, store)
 
 
 def is_concluded(study: Study, store: Store) -> bool:
@@ -94,10 +85,10 @@ def is_concluded(study: Study, store: Store) -> bool:
     return covered and summary["claims"] == study.recipe.evaluation.claims
 
 
-def _conclude(study: Study, store: Store, models: dict[str, Any]) -> dict[str, Any]:
+def _conclude(study: Study, store: Store) -> dict[str, Any]:
     evaluation = study.recipe.evaluation
     assert evaluation is not None
-    for name in models:
+    for name in models_to_evaluate(study, store):
         store.write_json(Store.evaluation(name), evaluation_of(store, name, name, evaluation.tasks))
     choose_candidates(study, store)
     summary = summarise(study, store)
@@ -123,23 +114,3 @@ def write_evaluation(store: Store, unit: Unit) -> dict[str, Any]:
     store.write_table(unit["destination"], pa.Table.from_pylist(rows, schema=EVALUATIONS), EVALUATIONS)
     tokens = sum(len(output["token_ids"]) for outputs in unit["outputs"] for output in outputs)
     return {"name": unit["name"], "rows": len(rows), "tokens": tokens}
-
-
-def _engine_key(model: Model, engine: Engine) -> str:
-    """Equal for models that differ in their weights only."""
-    return f"{_architecture(model.model_dump_json(include=set(Model.model_fields)))} {engine.model_dump_json()}"
-
-
-@lru_cache(maxsize=256)
-def _architecture(model: str) -> str:
-    from transformers import AutoConfig
-
-    spec = Model.model_validate_json(model)
-    config = AutoConfig.from_pretrained(
-        spec.model, revision=spec.revision, trust_remote_code=spec.trust_remote_code
-    ).to_dict()
-    for name in COSMETIC:
-        config.pop(name, None)
-    tokenizer = load_tokenizer(spec, "model").backend_tokenizer.to_str()
-    text = json.dumps(config, sort_keys=True, default=str) + tokenizer
-    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -6,7 +6,8 @@ from typing import Any
 import pyarrow as pa
 
 from deltaray.contracts import RESPONSES
-from deltaray.generate.pools import OnRows, Pool, engine_spec, run_pools
+from deltaray.generate.pools import OnRows, run_pools
+from deltaray.generate.share import shared_pools
 from deltaray.generate.units import Unit, missing_units
 from deltaray.recipe.study import Study
 from deltaray.runtime.session import Capacity
@@ -27,11 +28,8 @@ def teacher_units(study: Study, store: Store, name: str) -> list[Unit]:
 
 def generate(study: Study, store: Store, capacity: Capacity, on_rows: OnRows) -> int:
     """Completes the responses of all teachers that a pairing uses; returns how many were made."""
-    pools = []
-    for name in study.paired_teachers():
-        teacher = study.teachers[name]
-        if units := teacher_units(study, store, name):
-            pools.append(Pool(engine_spec(teacher, teacher.engine, capacity), units))
+    work = [(study.teachers[name], teacher_units(study, store, name)) for name in study.paired_teachers()]
+    pools = shared_pools([(teacher, teacher.engine, units) for teacher, units in work if units], capacity)
     run_pools(store, pools, capacity, write_responses, on_rows)
     return sum(len(unit["prompt_ids"]) * unit["samples"] for pool in pools for unit in pool.units)
 
