@@ -56,7 +56,7 @@ class StudyRun:
 
     out: Path
     arguments: tuple[str, ...]
-    interrupted: Finished
+    interrupted: tuple[Finished, Finished]  # while generating, while training
     killed: Finished
     finished: Finished
 
@@ -71,16 +71,20 @@ class StudyRun:
 
 @pytest.fixture(scope="session")
 def study(tmp_path_factory: pytest.TempPathFactory) -> StudyRun:
-    """The shipped miniature, interrupted once, killed once, then run to its end. Its family is cached in runs/."""
+    """The shipped miniature, interrupted twice, killed once, then run to its end. Its family is cached in runs/."""
     out = tmp_path_factory.mktemp("miniature") / "study"
     recipe = str(shipped_recipe("miniature"))
     arguments = ("--set", f"out={out}", "--set", "training.runs.sft.learning_rate=[1e-4,1e-3]")
 
-    def committed(files: int) -> Callable[[], bool]:
-        return lambda: len(list(out.glob("responses/*/*.parquet"))) >= files
+    def there_are(files: int, pattern: str) -> Callable[[], bool]:
+        return lambda: len(list(out.glob(pattern))) >= files
 
-    interrupted = deltaray("generate", recipe, *arguments, until=committed(1), kill=signal.SIGINT)
-    killed = deltaray("run", recipe, *arguments, until=lambda: len(list(out.glob("students/[a-z]*/config.json"))) >= 1)
+    students = "students/[a-z]*/config.json"
+    interrupted = (
+        deltaray("generate", recipe, *arguments, until=there_are(1, "responses/*/*.parquet"), kill=signal.SIGINT),
+        deltaray("run", recipe, *arguments, until=there_are(1, students), kill=signal.SIGINT),
+    )
+    killed = deltaray("train", recipe, *arguments, until=there_are(2, students), kill=signal.SIGKILL)
     finished = deltaray("run", recipe, *arguments)
     assert finished.code == 0, finished.stderr[-3000:]
     return StudyRun(out, arguments, interrupted, killed, finished)

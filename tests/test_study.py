@@ -37,8 +37,9 @@ def prompts(study: StudyRun) -> dict[str, str]:
 
 # --- interruption and exactly once ------------------------------------------------------------------------------
 def test_interruption_and_kill_were_real(study: StudyRun) -> None:
-    assert study.interrupted.code == 130
-    assert "run the same command again to resume" in study.interrupted.stderr
+    for interrupted in study.interrupted:
+        assert interrupted.code == 130
+        assert "run the same command again to resume" in interrupted.stderr
     assert study.killed.code == -9
 
 

@@ -1,10 +1,8 @@
 """Pools of vLLM replicas side by side, as far as the cluster has room for them."""
 
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from queue import SimpleQueue
 from typing import Any
 
 from deltaray.generate.spec import EngineSpec
@@ -12,6 +10,7 @@ from deltaray.generate.stream import stream_units
 from deltaray.generate.units import Unit, load_unit
 from deltaray.recipe.models import Engine, Model
 from deltaray.runtime.session import STREAM_CPUS, Capacity
+from deltaray.runtime.threads import side_by_side
 from deltaray.store import Store
 
 WriteUnit = Callable[[Store, Unit], dict[str, Any]]
@@ -59,7 +58,7 @@ def run_pools(store: Store, pools: list[Pool], capacity: Capacity, write: WriteU
     """Works through all pools; rows are committed unit by unit as they finish."""
     counts = _Counts([unit for pool in pools for unit in pool.units], on_rows)
     for wave in waves(pools, capacity):
-        _side_by_side([partial(_run, store, pool, write, counts) for pool in wave])
+        side_by_side([partial(_run, store, pool, write, counts) for pool in wave])
 
 
 def waves(pools: list[Pool], capacity: Capacity) -> Iterator[list[Pool]]:
@@ -75,26 +74,6 @@ def waves(pools: list[Pool], capacity: Capacity) -> Iterator[list[Pool]]:
         wave = [*wave, pool]
     if wave:
         yield wave
-
-
-def _side_by_side(jobs: list[Callable[[], None]]) -> None:
-    """Runs the jobs in threads; the first failure, or an interruption, ends the wait for the others at once."""
-    ended: SimpleQueue[Exception | None] = SimpleQueue()
-
-    def work(job: Callable[[], None]) -> None:
-        try:
-            job()
-        except Exception as error:
-            ended.put(error)
-        else:
-            ended.put(None)
-
-    for job in jobs:
-        threading.Thread(target=work, args=(job,), daemon=True).start()
-    for _ in jobs:
-        failure = ended.get()
-        if failure is not None:
-            raise failure
 
 
 def _run(store: Store, pool: Pool, write: WriteUnit, counts: "_Counts") -> None:

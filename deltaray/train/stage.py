@@ -15,6 +15,7 @@ from deltaray.errors import StageError, UserError
 from deltaray.recipe.models import Training
 from deltaray.recipe.study import Study, TrainingRun
 from deltaray.runtime.session import Capacity, logs_of_ray
+from deltaray.runtime.threads import side_by_side
 from deltaray.store import Store
 
 OnProgress = Callable[[str, int, int, dict[str, Any]], None]
@@ -42,7 +43,8 @@ def train(study: Study, store: Store, runs: list[TrainingRun], on_progress: OnPr
     name = f"train-{uuid.uuid4().hex[:8]}"
     try:
         with _watched(progress, on_progress):
-            _trainer(study, training, store, missing, progress, name).fit()
+            # in a thread: on the main one Ray Train would take Ctrl-C for itself and end the program with code 0
+            side_by_side([_trainer(study, training, store, missing, progress, name).fit])
         refusal = ray.get(progress.refused.remote())
     except TrainingFailedError as error:
         raise _failure(error, ray.get(progress.current.remote()) or missing[0].name) from error
