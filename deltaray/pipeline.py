@@ -243,15 +243,20 @@ class Pipeline:
                 reference(self.study, self.store, student, teachers, progress.update)
 
     def _evaluate(self) -> None:
-        from deltaray.evaluate.stage import evaluate, evaluation_work, is_concluded, store_task_prompts
+        from deltaray.evaluate.stage import conclude, evaluate, evaluation_work, is_concluded, store_task_prompts
 
         store_task_prompts(self.study, self.store)
         units = [unit for _, _, group in evaluation_work(self.study, self.store) for unit in group]
-        left = sum(len(unit["prompt_ids"]) * unit["samples"] for unit in units)
-        if not left and is_concluded(self.study, self.store):
-            return self._nothing("evaluate", f"{len(self.study.evaluated)} models are evaluated")
-        with self._stage("evaluate", "answers", left) as progress:
-            evaluate(self.study, self.store, self._ray(), progress.update)
+        if units:
+            left = sum(len(unit["prompt_ids"]) * unit["samples"] for unit in units)
+            with self._stage("evaluate", "answers", left) as progress:
+                evaluate(self.study, self.store, self._ray(), progress.update)
+        elif is_concluded(self.study, self.store):
+            self._nothing("evaluate", f"{len(self.study.evaluated)} models are evaluated")
+        else:
+            self.worked = True
+            conclude(self.study, self.store)
+            self.terminal.say("evaluate: no answers to make; the summary is written anew")
 
     def _report(self) -> None:
         from deltaray.report.build import build_report

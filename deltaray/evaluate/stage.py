@@ -73,7 +73,7 @@ def evaluate(study: Study, store: Store, capacity: Capacity, on_rows: OnRows) ->
     store_task_prompts(study, store)
     pools = shared_pools(evaluation_work(study, store), capacity)
     run_pools(store, pools, capacity, write_evaluation, on_rows)
-    return _conclude(study, store)
+    return conclude(study, store)
 
 
 def is_concluded(study: Study, store: Store) -> bool:
@@ -85,7 +85,8 @@ def is_concluded(study: Study, store: Store) -> bool:
     return covered and summary["claims"] == study.recipe.evaluation.claims
 
 
-def _conclude(study: Study, store: Store) -> dict[str, Any]:
+def conclude(study: Study, store: Store) -> dict[str, Any]:
+    """Writes every model's evaluation, the grids' winners and the summary from the stored answers."""
     evaluation = study.recipe.evaluation
     assert evaluation is not None
     for name in models_to_evaluate(study, store):
