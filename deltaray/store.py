@@ -156,7 +156,8 @@ class Store:
         """Commits a whole folder (a Hugging Face model); nothing of it is visible before it is complete."""
         if self.local is None:
             fs.copy_files(str(local), path, fs.LocalFileSystem(), self.filesystem)
-            self.write_bytes(f"{path}/{COMPLETE}", b"")  # an object store cannot rename a folder
+            # an object store cannot rename a folder; the mark also tells this version from others in local caches
+            self.write_bytes(f"{path}/{COMPLETE}", uuid.uuid4().hex.encode())
             return
         target = self.local / path
         hidden = target.parent / f".{target.name}.{uuid.uuid4().hex}"
@@ -167,10 +168,12 @@ class Store:
         hidden.replace(target)
 
     def local_folder(self, path: str) -> str:
-        """A folder of the store as a local path (fetched once from an object store), for libraries that need one."""
+        """A committed folder as a local path (fetched once from an object store), for libraries that need one."""
         if self.local is not None:
             return str(self.local / path)
-        cache = Path.home() / ".cache" / "deltaray" / self.out.replace("://", "/") / path
+        with self.filesystem.open_input_file(f"{path}/{COMPLETE}") as mark:
+            version = mark.read().decode()
+        cache = Path.home() / ".cache" / "deltaray" / version
         if not cache.exists():
             part = cache.with_name(f".{cache.name}.{uuid.uuid4().hex}")
             part.mkdir(parents=True)
