@@ -3,6 +3,7 @@
 This is the Python API behind the command line: `Pipeline(load_recipe(path)).run(["generate", "pair"])`.
 """
 
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from typing import Any
 
 from deltaray.errors import StageError, UserError
 from deltaray.plan import Item, make_plan
-from deltaray.prompts import PromptRow, store_prompts
+from deltaray.prompts import PromptRow, refuse_changed_prompts, store_prompts
 from deltaray.recipe import Recipe, Study, dump_recipe, expand
 from deltaray.recipe.study import TrainingRun
 from deltaray.runtime.memory import PeakMemory
@@ -30,7 +31,9 @@ from deltaray.runtime.session import (
 from deltaray.runtime.terminal import StageProgress, Terminal
 from deltaray.store import Store
 
-STAGES = ("miniature", "generate", "pair", "train", "evaluate", "report")
+STAGES = ("generate", "pair", "train", "evaluate", "report")
+SECTIONS = {"pair": "pairings", "train": "training", "evaluate": "evaluation"}
+"""Stages that need a section of the recipe."""
 
 
 class Pipeline:
@@ -64,6 +67,7 @@ class Pipeline:
     def _check(self) -> list[PromptRow]:
         prompts = check_inputs(self.study)
         self.store.claim(definitions(self.study), write=False)
+        refuse_changed_prompts(self.store, prompts)
         return prompts
 
     def _family_missing(self) -> bool:
@@ -84,41 +88,45 @@ class Pipeline:
         """
         self._declared()
         wanted = stages or self._named_stages()
+        for stage in set(wanted) - set(self._named_stages()):
+            raise UserError(
+                f"{self.recipe.name}: the recipe has no `{SECTIONS[stage]}:` section, so nothing to {stage}"
+            )
         try:
             self._prepare()
-            log = self._log_file()
-            with self.terminal.chatter_to(log):
-                try:
-                    for stage in wanted:
-                        self._run_stage(stage, log)
-                finally:
-                    stop_ray()
+            self._run_stages(wanted, self._log_file())
         finally:
-            stop_ray()
+            with self.terminal.chatter_to(Path(os.devnull)):  # processes complain while they are ended
+                stop_ray()
 
     def _prepare(self) -> None:
         """The family of a miniature; then all checks; then, and not before, the first file of the study."""
         if self.recipe.miniature and self._family_missing():
-            with self.terminal.chatter_to(Path(self.recipe.miniature.directory) / "make.log"):
-                self._make_family()
+            self._run_stages(["miniature"], Path(self.recipe.miniature.directory) / "make.log")
         prompts = self._check()
         if joins_cluster(self.recipe.cluster):
             self._ray()
         self._write_recipe(prompts)
 
+    def _run_stages(self, stages: list[str], log: Path) -> None:
+        with self.terminal.chatter_to(log):
+            for stage in stages:
+                self._run_stage(stage, log)
+
     def _named_stages(self) -> list[str]:
-        sections = {"pair": self.recipe.pairings, "train": self.recipe.training, "evaluate": self.recipe.evaluation}
-        return [stage for stage in STAGES[1:] if stage not in sections or sections[stage]]
+        return [stage for stage in STAGES if stage not in SECTIONS or getattr(self.recipe, SECTIONS[stage])]
 
     def _log_file(self) -> Path:
         folder = self.store.local / ".deltaray" / "logs" if self.store.local else Path("deltaray-logs")
         return folder / f"{datetime.now(UTC):%Y%m%dT%H%M%S}.log"
 
     def _write_recipe(self, prompts: list[PromptRow]) -> None:
-        self.store.claim(definitions(self.study))
-        resolved = dump_recipe(self.recipe).encode()
-        self.store.write_bytes("recipe.yaml", resolved)
-        store_prompts(self.store, prompts, self.recipe.shard_size)
+        try:
+            self.store.claim(definitions(self.study))
+            self.store.write_bytes("recipe.yaml", dump_recipe(self.recipe).encode())
+            store_prompts(self.store, prompts, self.recipe.shard_size)
+        except OSError as error:
+            raise UserError(f"out: {self.store.out} cannot be written: {error.strerror or error}") from None
         self.bound = True
         self._keep_records()
 
@@ -176,7 +184,7 @@ class Pipeline:
         self.terminal.say(f"{stage}: nothing to do ({what})")
 
     # --- the stages -------------------------------------------------------------------------------------------
-    def _make_family(self) -> None:
+    def _miniature(self) -> None:
         from deltaray.miniature.family import FAMILY
         from deltaray.miniature.make import make_family
 

@@ -28,9 +28,14 @@ class Store:
     """One study's outputs on a local folder or an object store (`s3://…`, `gs://…`). Cheap to pickle."""
 
     def __init__(self, out: str) -> None:
-        self.out = out if "://" in out else str(Path(out).absolute())
-        base, path = fs.FileSystem.from_uri(self.out) if "://" in self.out else (fs.LocalFileSystem(), self.out)
+        self.out = out if "://" in out else str(Path(out).expanduser().absolute())
+        try:
+            base, path = fs.FileSystem.from_uri(self.out) if "://" in self.out else (fs.LocalFileSystem(), self.out)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise UserError(f"out: {out} is no folder and no address of an object store: {error}") from None
         self.local = Path(path) if isinstance(base, fs.LocalFileSystem) else None
+        if self.local and self.local.exists() and not self.local.is_dir():
+            raise UserError(f"out: {out} is a file; name a folder")
         self.filesystem = fs.SubTreeFileSystem(path, base)
 
     def __reduce__(self) -> tuple[type["Store"], tuple[str]]:

@@ -10,6 +10,8 @@ from ruamel.yaml import YAML
 from tiny_model import save_tiny
 
 from deltaray import cli
+from deltaray.prompts import read_prompts, store_prompts
+from deltaray.store import Store
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +115,30 @@ def test_more_than_the_cluster_has(recipe: dict[str, Any], refused: Any, verb: s
     recipe["training"]["workers"] = 1
     recipe["teachers"]["weak"]["engine"] = {"gpus": 64}
     assert "teachers.weak.engine: vLLM for teacher weak needs 64 GPUs, the cluster has" in refused(verb=verb)
+
+
+def test_an_out_that_cannot_be(recipe: dict[str, Any], refused: Any, tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("")
+    recipe["out"] = str(tmp_path / "taken")
+    assert "out: /taken is a file; name a folder" in refused()
+    recipe["out"] = "nonsense://somewhere"
+    assert "out: nonsense://somewhere is no folder and no address of an object store" in refused()
+
+
+def test_prompts_that_changed_under_an_out(recipe: dict[str, Any], refused: Any, tmp_path: Path) -> None:
+    recipe["out"] = str(tmp_path / "used")
+    store = Store(recipe["out"])
+    store_prompts(store, read_prompts(recipe["prompts"]["path"], "prompts.path"), 512)
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "1+1="}\n')
+    before = sorted((tmp_path / "used").rglob("*"))
+    assert "/used belongs to another recipe: prompt" in refused()
+    assert sorted((tmp_path / "used").rglob("*")) == before
+
+
+@pytest.mark.parametrize("verb", ["train", "evaluate"])
+def test_a_stage_that_the_recipe_does_not_name(recipe: dict[str, Any], refused: Any, verb: str) -> None:
+    del recipe["training"], recipe["evaluation"]
+    assert "study: the recipe has no" in refused(verb=verb)
 
 
 def test_a_task_without_answers(refused: Any, tmp_path: Path) -> None:

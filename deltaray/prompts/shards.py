@@ -16,11 +16,10 @@ def store_prompts(store: Store, rows: list[PromptRow], shard_size: int, folder: 
     """Appends the prompts that the store does not have yet as new shards; returns how many.
 
     Raises:
-        UserError: a prompt of the store is no longer in `rows`, or has another text under its id.
+        UserError: see `refuse_changed_prompts`.
     """
-    stored = store.read_tables(folder, PROMPTS).to_pylist()
-    _refuse_changes(store, stored, {row["prompt_id"]: row for row in rows})
-    known = {row["prompt_id"] for row in stored}
+    refuse_changed_prompts(store, rows, folder)
+    known = set(store.read_tables(folder, PROMPTS, ["prompt_id"])["prompt_id"].to_pylist())
     new = [row for row in rows if row["prompt_id"] not in known]
     first = len(store.committed(folder))
     for number, start in enumerate(range(0, len(new), shard_size), start=first):
@@ -29,8 +28,14 @@ def store_prompts(store: Store, rows: list[PromptRow], shard_size: int, folder: 
     return len(new)
 
 
-def _refuse_changes(store: Store, stored: list[PromptRow], wanted: dict[str, PromptRow]) -> None:
-    for row in stored:
+def refuse_changed_prompts(store: Store, rows: list[PromptRow], folder: str = Store.prompts) -> None:
+    """Prompts can be added, but what is answered already must still be the same question.
+
+    Raises:
+        UserError: a prompt of the store is no longer in `rows`, or has another text or answer under its id.
+    """
+    wanted = {row["prompt_id"]: row for row in rows}
+    for row in store.read_tables(folder, PROMPTS).to_pylist():
         now = wanted.get(row["prompt_id"])
         if now is None or now["messages"] != row["messages"] or now["answer"] != row["answer"]:
             what = "is no longer in the prompts" if now is None else "has another text or answer now"
