@@ -40,7 +40,14 @@ class Finished:
 def deltaray(*arguments: str, until: Callable[[], bool] | None = None, kill: int = signal.SIGKILL) -> Finished:
     """Runs a command in the checkout; as soon as `until` is true it gets the signal `kill`."""
     command = [sys.executable, "-m", "deltaray", *arguments]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a suite in the background ignores it
+    )
     while until is not None and process.poll() is None:
         if until():
             process.send_signal(kill)
