@@ -54,7 +54,8 @@ class Pipeline:
         capacity = self._declared()
         prompts = None
         if not self._family_missing():
-            prompts = check_local_inputs(self.study)
+            with self.terminal.chatter_to(Path(os.devnull)):
+                prompts = check_local_inputs(self.study)
             self.store.claim(definitions(self.study), write=False)
         return make_plan(self.study, self.store, prompts, capacity), capacity
 
@@ -65,7 +66,8 @@ class Pipeline:
         return capacity
 
     def _check(self) -> list[PromptRow]:
-        prompts = check_inputs(self.study)
+        with self.terminal.chatter_to(Path(os.devnull)):
+            prompts = check_inputs(self.study)
         self.store.claim(definitions(self.study), write=False)
         refuse_changed_prompts(self.store, prompts)
         return prompts

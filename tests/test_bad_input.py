@@ -88,6 +88,9 @@ def test_duplicate_ids(refused: Any, tmp_path: Path) -> None:
 def test_a_teacher_that_does_not_exist(recipe: dict[str, Any], refused: Any, tmp_path: Path) -> None:
     recipe["teachers"]["weak"]["model"] = str(tmp_path / "nobody")
     assert "teachers.weak.model: there is no folder /nobody" in refused()
+    recipe["teachers"]["weak"]["model"] = "models/nobody"  # may be a hub id
+    assert "teachers.weak.model: there is no folder models/nobody here, and the hub does not give it" in refused()
+    recipe["teachers"]["weak"]["model"] = str(tmp_path / "nobody")
     (tmp_path / "nobody").mkdir()
     assert "teachers.weak.model: /nobody holds no config.json" in refused()
 

@@ -10,6 +10,8 @@ from deltaray.prompts import PromptRow, is_hub_dataset, read_prompts
 from deltaray.recipe.models import Model
 from deltaray.recipe.study import Study
 
+HUB_TIMEOUT = 20.0
+"""Seconds."""
 SAMPLED_BYTES = 1 << 20
 """How much of a weight file's beginning and end goes into its fingerprint."""
 
@@ -85,7 +87,25 @@ def check_model(model: Model, key: str) -> None:
         )
     if model.is_local and not (Path(model.model) / "config.json").is_file():
         raise UserError(f"{key}.model: {model.model} holds no config.json; give a Hugging Face model folder")
+    if not model.is_local:
+        _find_on_hub(model, key)
     load_tokenizer(model, key)
+
+
+def _find_on_hub(model: Model, key: str) -> None:
+    """One quick question, where loading would retry for most of a minute; what is in the local cache needs none."""
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    if isinstance(try_to_load_from_cache(model.model, "config.json", revision=model.revision), str):
+        return
+    try:
+        HfApi().model_info(model.model, revision=model.revision, timeout=HUB_TIMEOUT)
+    except Exception as error:  # the hub's and the network's errors are many; all mean that it cannot be had here
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"{key}.model: there is no folder {model.model} here, and the hub does not give it: {reason}; correct the "
+            "path or the id, or log in"
+        ) from None
 
 
 def definitions(study: Study) -> dict[str, dict[str, Any]]:

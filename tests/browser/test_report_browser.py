@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from conftest import StudyRun
 from report_study import LONG, SCRIPT, build_study, write_pairing
 
 from deltaray.report import build_report
@@ -243,3 +244,14 @@ def test_an_empty_study_opens_cleanly(browser: sync_api.Browser, tmp_path: Path)
     assert opened.page.evaluate("document.documentElement.scrollWidth") == 375
     assert opened.complaints == [] and opened.requests == []
     opened.page.context.close()
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(375, "dark"), (1440, "light")])
+def test_the_report_of_the_real_study_opens_clean(
+    browser: sync_api.Browser, study: StudyRun, width: int, scheme: str
+) -> None:
+    opened = visit(browser, study.out / "report.html", width, scheme)
+    sync_api.expect(opened.page.locator("#position")).to_contain_text(" of ")
+    sync_api.expect(opened.page.get_by_text("delta is better than student").first).to_be_visible()
+    assert opened.page.evaluate("document.documentElement.scrollWidth") <= width
+    assert not opened.complaints and not opened.requests
