@@ -156,9 +156,9 @@ def status(context: typer.Context, out: Out, as_json: AsJson = False) -> None:
 def report(context: typer.Context, out: Out) -> None:
     """Writes the HTML report of a study from what its folder holds."""
     from deltaray.report.build import build_report
+    from deltaray.runtime.preflight import check_study_folder
 
-    if not (out / "recipe.yaml").is_file():
-        raise UserError(f"{out}: is no output folder of deltaray (there is no recipe.yaml in it)")
+    check_study_folder(out)
     context.obj.result(str(build_report(out)))
 
 

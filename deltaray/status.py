@@ -7,9 +7,9 @@ from typing import Any
 
 from rich.table import Table
 
-from deltaray.errors import UserError
 from deltaray.plan import Item, make_plan, stages_of
 from deltaray.recipe import expand, load_recipe
+from deltaray.runtime.preflight import check_study_folder
 from deltaray.runtime.session import declared_capacity
 from deltaray.runtime.terminal import Terminal
 from deltaray.store import Store
@@ -24,8 +24,7 @@ def study_status(out: Path, terminal: Terminal, as_json: bool) -> None:
     Raises:
         UserError: `out` is not a study's output.
     """
-    if not (out / "recipe.yaml").is_file():
-        raise UserError(f"{out}: is no output folder of deltaray (there is no recipe.yaml in it)")
+    check_study_folder(out)
     recipe = load_recipe(out / "recipe.yaml", [f"out={json.dumps(str(out))}"])
     study, store = expand(recipe), Store(str(out))
     prompts = store.count_rows(Store.prompts)

@@ -4,18 +4,6 @@ from typing import Any
 
 import pyarrow as pa
 
-from deltaray.contracts import PAIRS
-
-CANDIDATES = pa.schema(
-    [
-        *PAIRS,
-        pa.field("chosen_finish", pa.string()),
-        pa.field("rejected_finish", pa.string()),
-        pa.field("prompt_tokens", pa.int32()),
-    ]
-)
-"""Pairs before the rules: with what only the rules look at."""
-
 JOIN_KEYS = ["prompt_id", "sample"]
 
 
@@ -26,7 +14,8 @@ def join_responses(prompts: pa.Table, chosen: pa.Table, rejected: pa.Table) -> l
         prompts: rows of `contracts.PROMPTS`.
         chosen, rejected: rows of `contracts.RESPONSES`, with a `score` column (null where not scored).
     Returns:
-        rows of `CANDIDATES` but for the token counts, which need the student's tokenizer.
+        rows of `contracts.PAIRS` without the token counts, which need the student's tokenizer, and with
+        `chosen_finish` and `rejected_finish`, which only the rules look at.
     """
     sides = chosen.join(rejected, JOIN_KEYS, join_type="inner", right_suffix="_rejected")
     by_prompt: dict[str, list[dict[str, Any]]] = {}

@@ -5,6 +5,7 @@ With one seed names stay as they are. With several, whatever depends on the seed
 not depend on the seed stays single, so it is generated, scored and referenced once.
 """
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -86,6 +87,11 @@ def expand(recipe: Recipe) -> Study:
                 )
         evaluated |= {model.name: model for model in _evaluated(recipe, names, seed)}
     return Study(recipe, teachers, students, pairings, runs, evaluated)
+
+
+def base_name(name: str) -> str:
+    """The recipe's name of something that exists once per seed."""
+    return re.sub(r"-seed\d+$", "", name)
 
 
 class _Names:

@@ -8,7 +8,7 @@ from deltaray.chat import load_tokenizer
 from deltaray.errors import UserError
 from deltaray.prompts import PromptRow, is_hub_dataset, read_prompts
 from deltaray.recipe.models import Model
-from deltaray.recipe.study import Study
+from deltaray.recipe.study import Study, base_name
 
 HUB_TIMEOUT = 20.0
 """Seconds."""
@@ -53,7 +53,7 @@ def study_prompts(study: Study) -> list[PromptRow]:
 
 def models_of(study: Study) -> list[tuple[str, Model]]:
     """All models of a study with the recipe's key that names them."""
-    teachers: list[tuple[str, Model]] = [(f"teachers.{_base(name)}", it) for name, it in study.teachers.items()]
+    teachers: list[tuple[str, Model]] = [(f"teachers.{base_name(name)}", it) for name, it in study.teachers.items()]
     return [*teachers, *(("student", student) for student in study.students.values())]
 
 
@@ -153,5 +153,7 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def _base(name: str) -> str:
-    return name.rpartition("-seed")[0] or name
+def check_study_folder(out: Path) -> None:
+    """UserError unless `out` is what a study has written."""
+    if not (out / "recipe.yaml").is_file():
+        raise UserError(f"{out}: is no output folder of deltaray (there is no recipe.yaml in it)")

@@ -8,7 +8,7 @@ from typing import Any
 
 from deltaray.errors import UserError
 from deltaray.recipe.models import Cluster, Engine
-from deltaray.recipe.study import Study
+from deltaray.recipe.study import Study, base_name
 
 EMBEDDED_CPUS = 8
 """Least logical CPUs of a Ray started here: its workers mostly wait, and pipelines of actor pools deadlock on two."""
@@ -67,7 +67,7 @@ def demands(study: Study, capacity: Capacity) -> list[Demand]:
     """What each part of the study needs at least. Pure."""
     found = []
     for name, teacher in study.teachers.items():
-        key = f"teachers.{name.rpartition('-seed')[0] or name}.engine"
+        key = f"teachers.{base_name(name)}.engine"
         found.append(_engine_demand(key, f"vLLM for teacher {name}", teacher.engine, capacity))
     recipe = study.recipe
     if recipe.evaluation:
