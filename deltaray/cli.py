@@ -44,7 +44,19 @@ def main() -> NoReturn:
         code = 2
     if code == INTERRUPTED:
         terminal.say("interrupted; what is committed is safe: run the same command again to resume")
-    sys.exit(code)
+    _exit(terminal, code)
+
+
+def _exit(terminal: Terminal, code: int) -> NoReturn:
+    """After a failure at once: threads of the stage may still speak to Ray, whose processes end with this one.
+
+    Shutting Ray down under such a thread ends the whole process from inside Ray with code 1 and no message.
+    """
+    if code == 0:
+        sys.exit()
+    terminal.out.file.flush()
+    terminal.err.file.flush()
+    os._exit(code)
 
 
 def _interrupt(number: int, frame: object) -> None:

@@ -82,7 +82,9 @@ class Pipeline:
 
     # --- running ----------------------------------------------------------------------------------------------
     def run(self, stages: list[str] | None = None) -> None:
-        """Runs the given stages (default: all that the recipe has sections for), in order.
+        """Runs the given stages (default: all that the recipe has sections for), in order, and stops Ray.
+
+        A failure leaves Ray to the process: threads of the failed stage may still speak to it.
 
         Raises:
             UserError: the recipe or its inputs cannot work; nothing was written.
@@ -94,12 +96,10 @@ class Pipeline:
             raise UserError(
                 f"{self.recipe.name}: the recipe has no `{SECTIONS[stage]}:` section, so nothing to {stage}"
             )
-        try:
-            self._prepare()
-            self._run_stages(wanted, self._log_file())
-        finally:
-            with self.terminal.chatter_to(Path(os.devnull)):  # processes complain while they are ended
-                stop_ray()
+        self._prepare()
+        self._run_stages(wanted, self._log_file())
+        with self.terminal.chatter_to(Path(os.devnull)):  # processes complain while they are ended
+            stop_ray()
 
     def _prepare(self) -> None:
         """The family of a miniature; then all checks; then, and not before, the first file of the study."""
