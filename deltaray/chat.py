@@ -31,6 +31,7 @@ def load_tokenizer(model: Model, key: str) -> Any:
             f"{key}.model: the tokenizer of {model.model!r} has no chat template; name a Jinja file in "
             f"{key}.chat_template, or use the instruction-tuned model"
         )
+    tokenizer.template_arguments = dict(model.chat_template_arguments)
     return tokenizer
 
 
@@ -41,13 +42,33 @@ def _read_template(path: str, key: str) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def prompt_ids(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
     """Ids of the prompt up to where the assistant starts to speak, special tokens as the template writes them."""
-    ids = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=True, return_dict=False)
-    return list(ids)
+    return list(_render(tokenizer, list(messages), add_generation_prompt=True))
+
+
+def prompts_ids(tokenizer: Any, prompts: list[list[Message]]) -> tuple[list[list[int]], list[str | None]]:
+    """(ids, refusals) of many prompts: one that the template or the tokenizer refuses has no ids but its reason."""
+    try:  # all at once is several times faster
+        return [list(ids) for ids in _render(tokenizer, prompts, add_generation_prompt=True)], [None] * len(prompts)
+    except Exception:
+        results = [_ids_or_refusal(tokenizer, messages) for messages in prompts]
+        return [ids for ids, _ in results], [refusal for _, refusal in results]
+
+
+def _ids_or_refusal(tokenizer: Any, messages: list[Message]) -> tuple[list[int], str | None]:
+    try:
+        return prompt_ids(tokenizer, messages), None
+    except Exception as error:  # templates raise what they like
+        return [], f"the chat template refuses it: {_first_line(error)}"
+
+
+def _render(tokenizer: Any, messages: Any, **options: Any) -> Any:
+    arguments = tokenizer.template_arguments | options
+    return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, **arguments)
 
 
 def conversation_ids(tokenizer: Any, messages: Sequence[Message], response: str) -> tuple[list[int], list[int]]:
@@ -58,9 +79,7 @@ def conversation_ids(tokenizer: Any, messages: Sequence[Message], response: str)
             other tokens than generation did.
     """
     prompt = prompt_ids(tokenizer, messages)
-    full = tokenizer.apply_chat_template(
-        [*messages, {"role": "assistant", "content": response}], tokenize=True, return_dict=False
-    )
+    full = _render(tokenizer, [*messages, {"role": "assistant", "content": response}])
     if list(full[: len(prompt)]) != prompt:
         raise ValueError("the chat template's prompt is no prefix of prompt and response")
     return prompt, end_at_eos(list(full[len(prompt) :]), tokenizer.eos_token_id)

@@ -17,6 +17,7 @@ PROMPTS = pa.schema(
         pa.field("messages", MESSAGES, nullable=False),  # all turns before the answer
         pa.field("answer", pa.string()),  # what a verifier compares with, if known
         pa.field("source", pa.string()),  # where the prompt comes from
+        pa.field("error", pa.string()),  # why it cannot be asked (text that is not Unicode), else null
     ]
 )
 
@@ -25,12 +26,13 @@ RESPONSES = pa.schema(
         pa.field("prompt_id", pa.string(), nullable=False),
         pa.field("sample", pa.int32(), nullable=False),  # 0 … samples-1
         pa.field("teacher", pa.string(), nullable=False),
-        pa.field("text", pa.string(), nullable=False),  # without special tokens
+        pa.field("text", pa.string(), nullable=False),  # the answer, without special tokens and reasoning
+        pa.field("reasoning", pa.string()),  # what a thinking model thought before it, where told apart
         pa.field("prompt_token_ids", pa.list_(pa.int32()), nullable=False),  # as the engine received them
         pa.field("token_ids", pa.list_(pa.int32()), nullable=False),  # as the engine produced them
         pa.field("tokens", pa.int32(), nullable=False),  # len(token_ids), in the teacher's tokens
         pa.field("finish_reason", pa.string(), nullable=False),  # stop | length | error
-        pa.field("error", pa.string()),  # the engine's words when finish_reason is error
+        pa.field("error", pa.string()),  # why the row counts as failed (not asked, refused, empty, …), else null
     ]
 )
 

@@ -24,6 +24,7 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> str:
 def check_recipe(recipe: Recipe) -> Iterator[Problem]:
     """All contradictions of a recipe, in the order of its sections."""
     yield from _check_names(recipe)
+    yield from _check_teachers(recipe)
     yield from _check_pairings(recipe)
     yield from _check_training(recipe)
     yield from _check_evaluation(recipe)
@@ -45,6 +46,20 @@ def _check_names(recipe: Recipe) -> Iterator[Problem]:
     for name in recipe.training.runs if recipe.training else []:
         if name in taken or name in recipe.teachers:
             yield ("training", "runs", name), "a teacher or the student has this name already; choose another"
+
+
+def _check_teachers(recipe: Recipe) -> Iterator[Problem]:
+    for name, teacher in recipe.teachers.items():
+        at = ("teachers", name)
+        gpus = teacher.engine.gpus
+        if gpus is not None and gpus > 1 and gpus != int(gpus):
+            yield (*at, "engine", "gpus"), f"{gpus:g} GPUs: write a fraction below 1 or a whole number"
+        most = teacher.engine.max_replicas
+        if most is not None and most < teacher.engine.replicas:
+            yield (*at, "engine", "max_replicas"), f"is less than replicas ({teacher.engine.replicas})"
+        for key in ("adapter", "chat_template", "chat_template_arguments", "revision"):
+            if teacher.endpoint is not None and getattr(teacher, key):
+                yield (*at, key), "a teacher behind an endpoint has its own; leave it out"
 
 
 def _check_pairings(recipe: Recipe) -> Iterator[Problem]:

@@ -36,27 +36,33 @@ class Sampling(Section):
     max_tokens: int = Field(2048, ge=1)
     stop: list[str] = []
     samples: int = Field(1, ge=1)
-    """Responses per prompt."""
-    seed: int = 0
-    """With the prompt's id and the sample's index it seeds each response, so that a rerun reproduces it."""
+    """Responses per prompt; asking for more later generates only those that are missing."""
+    seed: int | None = 0
+    """With the prompt's id and the sample's index it seeds each response, so that a rerun reproduces it; null leaves
+    sampling unseeded, a little faster on GPUs."""
 
 
 class Engine(Section):
     """The vLLM replicas that serve one model. Without GPUs vLLM runs on the CPU."""
 
-    gpus: int | None = Field(None, ge=0)
-    """GPUs per replica; default: tensor_parallel x pipeline_parallel if the cluster has GPUs, else 0."""
+    gpus: float | None = Field(None, ge=0)
+    """GPUs per replica; default: tensor_parallel x pipeline_parallel if the cluster has GPUs, else 0. A fraction
+    shares a GPU between replicas; more than one is a whole number."""
     cpus: float = Field(1.0, gt=0)
     """Logical CPUs per replica."""
     replicas: int = Field(1, ge=1)
     """Replicas to start with; the pool grows to `max_replicas` while there is work."""
     max_replicas: int | None = Field(None, ge=1)
+    accelerator: str | None = None
+    """Ray's accelerator type (`H100`, `L4`, …) of the nodes that the replicas may run on."""
     dtype: str = "auto"
     max_model_len: int | None = Field(None, ge=1)
     tensor_parallel: int = Field(1, ge=1)
     pipeline_parallel: int = Field(1, ge=1)
+    units_in_flight: int | None = Field(None, ge=1)
+    """Units that one replica works on at once; default: enough to keep its batch full."""
     arguments: dict[str, Any] = {}
-    """Further vLLM engine arguments, passed on as they are."""
+    """Further vLLM engine arguments, passed on as they are (`quantization`, `max_num_seqs`, …)."""
 
 
 class Model(Section):
@@ -66,6 +72,8 @@ class Model(Section):
     trust_remote_code: bool = False
     chat_template: str | None = None
     """A Jinja file that replaces the tokenizer's own chat template."""
+    chat_template_arguments: dict[str, Any] = {}
+    """What the template is rendered with besides the messages, such as `enable_thinking: false`."""
 
     @property
     def is_local(self) -> bool:
@@ -73,9 +81,36 @@ class Model(Section):
         return Path(self.model).exists() or self.model.startswith(("/", ".", "~")) or self.model.count("/") > 1
 
 
+class Endpoint(Section):
+    """A server that speaks OpenAI's chat completions and is a teacher instead of vLLM replicas of our own."""
+
+    url: str
+    """Its base, such as `https://host/v1`."""
+    key_variable: str | None = None
+    """The environment variable that holds the key; keys themselves stand in no recipe."""
+    in_flight: int = Field(64, ge=1)
+    """Requests at once."""
+    requests_per_minute: float | None = Field(None, gt=0)
+    retries: int = Field(8, ge=0)
+    """How often a request is repeated after a rate limit, a time-out or a server's error, with growing pauses."""
+    timeout: float = Field(600.0, gt=0)
+    """Seconds that one request may take."""
+    body: dict[str, Any] = {}
+    """Further fields of every request, passed on as they are."""
+
+
 class Teacher(Model):
     sampling: Sampling = Sampling()
     engine: Engine = Engine()
+    system: str | None = None
+    """A system prompt for prompts that bring none."""
+    adapter: str | None = None
+    """A folder with a PEFT LoRA adapter of `model`; vLLM serves it on top."""
+    reasoning: str | None = None
+    """For thinking models: vLLM's reasoning parser (`qwen3`, `deepseek_r1`, …) that tells the reasoning from the
+    answer; the answer alone is the response's text."""
+    endpoint: Endpoint | None = None
+    """Ask this server for `model` instead of starting vLLM."""
 
 
 class Student(Model):
@@ -182,6 +217,15 @@ class Miniature(Section):
     directory: str = "runs/miniature-family"
 
 
+class Failures(Section):
+    """When a generation that goes plainly wrong is stopped."""
+
+    max_share: float = Field(0.2, ge=0, le=1)
+    """Largest tolerated share of a teacher's rows that fail (prompt too long, empty answer, engine error)."""
+    after: int = Field(256, ge=1)
+    """Rows of a teacher before the share counts."""
+
+
 class Cluster(Section):
     address: str | None = None
     """Of a running Ray cluster (`auto`, `host:port`, `ray://…`); none: Ray is started on this machine."""
@@ -189,14 +233,20 @@ class Cluster(Section):
     """Logical CPUs of the Ray that is started here; default: the machine's, at least 8 (workers mostly wait)."""
     gpus: int | None = Field(None, ge=0)
     dashboard: bool = False
+    gpu_hour_price: float | None = Field(None, ge=0)
+    """For estimates of cost, in any currency."""
 
 
 class Recipe(Section):
     name: str = Name
     out: str
     seeds: list[int] = Field([0], min_length=1)
-    shard_size: int = Field(512, ge=1)
-    """Prompts per shard: the unit of work, of commit and of what a crash can lose."""
+    shard_size: int = Field(32768, ge=1)
+    """Prompts per shard: every table has one file per shard (about 150 MiB of ordinary answers)."""
+    unit_size: int = Field(256, ge=1)
+    """Prompts per unit of generation: what is committed at once, and the most that one crash costs per unit in
+    flight."""
+    failures: Failures = Failures()
     prompts: Prompts
     teachers: dict[str, Teacher] = Field(min_length=1)
     scorers: dict[str, Scorer] = {}

@@ -120,7 +120,8 @@ class _Names:
 
 
 def _depends_on_seed(model: Model) -> bool:
-    return "{seed}" in model.model
+    adapter = model.adapter if isinstance(model, Teacher) else None
+    return "{seed}" in f"{model.model} {adapter}"
 
 
 def _at_seed(model: M, seed: int) -> M:
@@ -129,12 +130,21 @@ def _at_seed(model: M, seed: int) -> M:
     Sampling is seeded apart only if the model itself is another one at each seed.
     """
     update: dict[str, object] = {}
-    if model.is_local:
+    if model.is_local and not (isinstance(model, Teacher) and model.endpoint):
         path = Path(model.model.replace("{seed}", str(seed))).expanduser()
         update["model"] = str(path.absolute())
-    if _depends_on_seed(model) and isinstance(model, Teacher):
-        update["sampling"] = model.sampling.model_copy(update={"seed": model.sampling.seed + seed})
+    if isinstance(model, Teacher):
+        update |= _teacher_at_seed(model, seed)
     return model.model_copy(update=update)
+
+
+def _teacher_at_seed(teacher: Teacher, seed: int) -> dict[str, object]:
+    update: dict[str, object] = {}
+    if teacher.adapter is not None:
+        update["adapter"] = str(Path(teacher.adapter.replace("{seed}", str(seed))).expanduser().absolute())
+    if _depends_on_seed(teacher) and teacher.sampling.seed is not None:
+        update["sampling"] = teacher.sampling.model_copy(update={"seed": teacher.sampling.seed + seed})
+    return update
 
 
 def _grid(run: Run, name: str) -> list[tuple[str, Run]]:
