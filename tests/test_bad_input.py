@@ -1,6 +1,7 @@
 """The user's mistakes, through the command line: exit code 2, one message that names what and the mend, no file."""
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,16 @@ from ruamel.yaml import YAML
 from tiny_model import save_tiny
 
 from deltaray import cli
-from deltaray.prompts import read_prompts, store_prompts
+from deltaray.pipeline import Pipeline
+from deltaray.prompts import PromptSource, read_prompts, store_prompts, store_source
+from deltaray.recipe import load_recipe
 from deltaray.store import Store
+
+
+@pytest.fixture(autouse=True)
+def stay_alive(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command that fails ends its process at once, which here is that of the tests."""
+    monkeypatch.setattr(os, "_exit", sys.exit)
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +88,21 @@ def test_bad_prompt_rows(refused: Any, tmp_path: Path, line: str, message: str) 
     assert message in refused()
 
 
+@pytest.mark.parametrize("verb", ["run", "plan"])
+def test_a_mistake_in_the_last_row_of_many(refused: Any, tmp_path: Path, verb: str) -> None:
+    rows = [json.dumps({"prompt": f"{n}+1="}) for n in range(50_000)]  # more than a shard holds
+    (tmp_path / "prompts.jsonl").write_text("\n".join([*rows, "{]"]))
+    assert "/prompts.jsonl:50001: broken JSON" in refused(verb=verb)
+
+
+def test_bad_text_is_no_mistake(recipe: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "prompts.jsonl").write_bytes(b'{"prompt": "1\xff="}\n{"prompt": "\\ud800"}\n{"prompt": "\\u0000"}\n')
+    YAML(typ="safe").dump(recipe, tmp_path / "recipe.yaml")
+    items, _ = Pipeline(load_recipe(tmp_path / "recipe.yaml")).plan()
+    assert [item.total for item in items if item.stage == "generate"] == [3, 3]
+    assert not (tmp_path / "out").exists()
+
+
 def test_duplicate_ids(refused: Any, tmp_path: Path) -> None:
     rows = [{"id": "a", "prompt": "x"}, {"id": "a", "prompt": "y"}]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -93,6 +117,24 @@ def test_a_teacher_that_does_not_exist(recipe: dict[str, Any], refused: Any, tmp
     recipe["teachers"]["weak"]["model"] = str(tmp_path / "nobody")
     (tmp_path / "nobody").mkdir()
     assert "teachers.weak.model: /nobody holds no config.json" in refused()
+
+
+def test_an_adapter_that_cannot_be_served(recipe: dict[str, Any], refused: Any, tmp_path: Path) -> None:
+    (tmp_path / "lora").mkdir()
+    recipe["teachers"]["weak"]["adapter"] = str(tmp_path / "lora")
+    assert "teachers.weak.adapter: /lora holds no adapter_config.json" in refused()
+    (tmp_path / "lora" / "adapter_config.json").write_text("{}")
+    (tmp_path / "lora" / "adapter_model.bin").write_bytes(b"a pickle")
+    assert "teachers.weak.adapter: /lora holds no adapter_model.safetensors" in refused()
+
+
+@pytest.mark.parametrize("verb", ["run", "plan"])
+def test_an_endpoint_without_its_key(recipe: dict[str, Any], refused: Any, verb: str) -> None:
+    """A served model is no folder here; nothing but the server's address and key is looked at."""
+    endpoint = {"url": "http://localhost:1/v1", "key_variable": "NO_SUCH_KEY_ANYWHERE"}
+    recipe["teachers"]["weak"] = {"model": "nowhere/served-model", "endpoint": endpoint}
+    message = refused(verb=verb)
+    assert "teachers.weak.endpoint.key_variable" in message and "NO_SUCH_KEY_ANYWHERE" in message
 
 
 def test_a_tokenizer_without_chat_template(recipe: dict[str, Any], refused: Any, models: Path) -> None:
@@ -135,6 +177,16 @@ def test_prompts_that_changed_under_an_out(recipe: dict[str, Any], refused: Any,
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "1+1="}\n')
     before = sorted((tmp_path / "used").rglob("*"))
     assert "/used belongs to another recipe: prompt" in refused()
+    assert sorted((tmp_path / "used").rglob("*")) == before
+
+
+def test_task_prompts_that_changed_under_an_out(recipe: dict[str, Any], refused: Any, tmp_path: Path) -> None:
+    recipe["out"] = str(tmp_path / "used")
+    tasks = PromptSource(recipe["evaluation"]["tasks"]["sums"]["path"], "evaluation.tasks.sums.path")
+    store_source(Store(recipe["out"]), tasks, 512, 256, Store.evaluation_prompts("sums"))
+    (tmp_path / "tasks.jsonl").write_text('{"prompt": "3+3=", "answer": "7"}\n')
+    before = sorted((tmp_path / "used").rglob("*"))
+    assert "has another text or answer now" in refused()
     assert sorted((tmp_path / "used").rglob("*")) == before
 
 

@@ -1,101 +1,450 @@
-"""Prompts: every accepted form gives the same rows; every mistake names file, row and mend; shards only grow."""
+"""Prompts: every accepted form gives the same rows; mistakes name file, row and mend; bad text is kept and marked."""
 
 import json
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from deltaray.contracts import PROMPTS
+from deltaray.contracts import MESSAGES, PROMPTS
 from deltaray.errors import UserError
-from deltaray.prompts import read_prompts, store_prompts
+from deltaray.prompts import (
+    PromptRow,
+    PromptSource,
+    check_source,
+    read_prompts,
+    read_rows,
+    refuse_changed_prompts,
+    shards,
+    source,
+    store_prompts,
+    store_source,
+)
+from deltaray.prompts.rows import prompt_row
 from deltaray.store import Store
 
 ROWS = [{"prompt": f"What is {n} + 1?", "answer": str(n + 1), "source": "sums"} for n in range(10)]
+TURNS = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "Hello"},
+    {"role": "user", "content": "1+1?"},
+]
 
 
-def write(path: Path, rows: list[dict[str, object]]) -> str:
+def write(path: Path, rows: list[dict[str, Any]]) -> str:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
 
 
+def read(path: Path | str, **options: Any) -> list[PromptRow]:
+    return list(read_prompts(str(path), "prompts.path", **options))
+
+
+def text_of(row: PromptRow) -> str:
+    return row["messages"][-1]["content"]
+
+
+# --- forms ------------------------------------------------------------------------------------------------------
 def test_all_forms_give_the_same_rows(tmp_path: Path) -> None:
     jsonl = write(tmp_path / "p.jsonl", ROWS)
     (tmp_path / "p.json").write_text(json.dumps(ROWS))
-    pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "p.parquet")
+    pq.write_table(pa.Table.from_pylist([{**row, "extra": 1.5} for row in ROWS]), tmp_path / "p.parquet")
     lines = ["prompt,answer,source", *(f"{row['prompt']},{row['answer']},sums" for row in ROWS)]
     (tmp_path / "p.csv").write_text("\n".join(lines))
-    expected = read_prompts(jsonl, "prompts.path")
+    expected = read(jsonl)
     assert len(expected) == 10 and expected[0]["messages"] == [{"role": "user", "content": "What is 0 + 1?"}]
     for name in ("p.json", "p.parquet", "p.csv"):
-        assert read_prompts(str(tmp_path / name), "prompts.path") == expected
+        assert read(tmp_path / name) == expected
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A data set that lies in the local cache, under its name on the hub."""
+    import datasets
+
+    pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "hub.parquet")
+    cached = datasets.Dataset.from_parquet(str(tmp_path / "hub.parquet"), cache_dir=str(tmp_path / "cache"))
+    name = f"somebody/{tmp_path.name}"
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, split: {(name, "train"): cached}[path, split])
+    return name
+
+
+def test_hub_data_sets_give_the_same_rows_and_are_read_once(tmp_path: Path, hub: str) -> None:
+    assert read(hub) == read(write(tmp_path / "p.jsonl", ROWS))
+    with pytest.raises(UserError, match="neither a file here nor a dataset that can be loaded"):
+        read("somebody/else")
+    store = Store(str(tmp_path / "out"))
+    store_source(store, PromptSource(hub, "prompts.path"), 4, 2)
+    assert store.read_json(".deltaray/prompts/prompts.json")["rows"] == 10
 
 
 def test_messages_and_ids_are_kept(tmp_path: Path) -> None:
-    turns = [
-        {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": "Hi"},
-        {"role": "assistant", "content": "Hello"},
-        {"role": "user", "content": "1+1?"},
-    ]
-    [row] = read_prompts(write(tmp_path / "p.jsonl", [{"messages": turns, "id": 7}]), "prompts.path")
-    assert row["messages"] == turns and row["prompt_id"] == "7"
+    [row] = read(write(tmp_path / "p.jsonl", [{"messages": TURNS, "id": 7}]))
+    assert row["messages"] == TURNS and row["prompt_id"] == "7"
 
 
 def test_the_id_is_a_stable_hash_of_the_messages(tmp_path: Path) -> None:
-    [row] = read_prompts(write(tmp_path / "p.jsonl", [{"prompt": "1+1?"}]), "prompts.path")
+    [row] = read(write(tmp_path / "p.jsonl", [{"prompt": "1+1?"}]))
     assert row["prompt_id"] == "d08a0ea40e586d06e99c0c7a69b0f21c"  # SHA-256 of [["user", "1+1?"]], first 128 bits
-    [same] = read_prompts(write(tmp_path / "q.jsonl", [{"messages": [{"role": "user", "content": "1+1?"}]}]), "x")
+    [same] = read(write(tmp_path / "q.jsonl", [{"messages": [{"role": "user", "content": "1+1?"}]}]))
     assert same["prompt_id"] == row["prompt_id"]
 
 
+def test_the_hash_is_that_of_plain_json() -> None:
+    import hashlib
+
+    for text in ('"quoted" \\ back', "line\nend\ttab\x00\x1f\x7f", "é 日本 \u2028 🙂"):
+        plain = json.dumps([["user", text]], ensure_ascii=False).encode()
+        assert prompt_row({"prompt": text})["prompt_id"] == hashlib.sha256(plain).hexdigest()[:32]
+
+
+def test_limit_and_dropped_duplicates(tmp_path: Path) -> None:
+    path = write(tmp_path / "p.jsonl", [ROWS[0], ROWS[1], ROWS[0], ROWS[2], ROWS[1], ROWS[3]])
+    assert [row["answer"] for row in read(path, drop_duplicates=True)] == ["1", "2", "3", "4"]
+    assert [row["answer"] for row in read(path, drop_duplicates=True, limit=3)] == ["1", "2", "3"]
+    assert len(read(path, limit=2)) == 2  # what comes after is not looked at
+
+
+# --- mistakes ---------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "holds no prompts"),
-        ('{"prompt": "a"}\n{"prompt": \n', "p.jsonl:2: broken JSON"),
-        ('{"prompt": "a"}\n[1]\n', "p.jsonl:2: not an object"),
-        ('{"question": "a"}\n', "p.jsonl:1: neither `prompt` nor `messages`; the row has question"),
-        ('{"prompt": "  "}\n', "p.jsonl:1: `prompt` is empty"),
-        ('{"prompt": "a", "id": 1}\n{"prompt": "b", "id": 1}\n', "p.jsonl:2: the same id as"),
-        ('{"prompt": "a"}\n{"prompt": "a"}\n', "p.jsonl:2: the same prompt as"),
-        ('{"messages": []}\n', "p.jsonl:1: `messages` must be a list"),
-        ('{"messages": [{"role": "robot", "content": "x"}]}\n', "p.jsonl:1: a turn needs a role"),
-        ('{"messages": [{"role": "assistant", "content": "x"}]}\n', "p.jsonl:1: the last turn must be the user's"),
+        (b"", "holds no prompts"),
+        (b"\xef\xbb\xbf\n \r\n", "holds no prompts"),
+        (b'{"prompt": "a"}\n{"prompt": \n', "p.jsonl:2: broken JSON"),
+        (b'{"prompt": "a"}\n\x00\x00\x00\n', "p.jsonl:2: broken JSON"),
+        (b'{"prompt": "a"}\n\n' + b"[" * 200_000, "p.jsonl:3: broken JSON: nested too deeply"),
+        (b'{"prompt": "a", "id": ' + b"9" * 5_000 + b"}\n", "p.jsonl:1: broken JSON"),
+        (b'{"prompt": "' + b"a" * 50_000_000 + b"\n", "p.jsonl:1: broken JSON"),
+        (b'{"prompt": "a"}\n[1]\n', "p.jsonl:2: not an object"),
+        ('{"prompt": "a"}\n'.encode("utf-16"), "p.jsonl:1: not UTF-8 text but UTF-16"),
+        (b'{"question": "a"}\n', "p.jsonl:1: neither `prompt` nor `messages`; the row has question"),
+        (b'{"prompt": "  "}\n', "p.jsonl:1: `prompt` is empty"),
+        (b'{"prompt": "a", "id": 1}\n{"prompt": "b", "id": 1}\n', "p.jsonl:2: the same id as"),
+        (b'{"prompt": "a"}\r\n\r\n{"prompt": "a"}\r\n', "p.jsonl:3: the same prompt as"),
+        (b'{"prompt": "\xff"}\n{"prompt": "\xff"}\n', "p.jsonl:2: the same prompt as"),
+        (b'{"messages": []}\n', "p.jsonl:1: `messages` must be a list"),
+        (b'{"messages": [{"role": "robot", "content": "' + b"x" * 9999 + b'"}]}\n', "p.jsonl:1: a turn needs a role"),
+        (b'{"messages": [{"role": "assistant", "content": "x"}]}\n', "p.jsonl:1: the last turn must be the user's"),
     ],
+    ids=range(17),
 )
-def test_mistakes_name_file_row_and_mend(tmp_path: Path, content: str, message: str) -> None:
-    (tmp_path / "p.jsonl").write_text(content)
+def test_mistakes_name_file_row_and_mend(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "p.jsonl").write_bytes(content)
     with pytest.raises(UserError) as error:
-        read_prompts(str(tmp_path / "p.jsonl"), "prompts.path")
-    assert message in str(error.value)
+        read(tmp_path / "p.jsonl")
+    assert message in str(error.value) and len(str(error.value)) < 600
 
 
 def test_a_missing_file_names_the_key(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"prompts\.path: there is no file"):
-        read_prompts(str(tmp_path / "none.jsonl"), "prompts.path")
+        read(tmp_path / "none.jsonl")
     with pytest.raises(UserError, match="unknown kind"):
         (tmp_path / "p.xlsx").touch()
-        read_prompts(str(tmp_path / "p.xlsx"), "prompts.path")
+        read(tmp_path / "p.xlsx")
 
 
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        (pa.table({"prompt": [1, 2]}), "row 1: `prompt` is empty or not text"),
+        (pa.table({"prompt": ["a", None]}), "row 2: neither `prompt` nor `messages`"),
+        (pa.table({"messages": ["hello"]}), "row 1: `messages` must be a list"),
+        (pa.table({"messages": [[{"role": "user", "content": 1}]]}), "row 1: a turn needs a role"),
+        (pa.table({"question": ["a"]}), "neither `prompt` nor `messages`; the columns are question"),
+        (pa.table({"prompt": pa.array([], pa.string())}), "holds no prompts"),
+    ],
+    ids=range(6),
+)
+def test_parquet_files_of_the_wrong_shape(tmp_path: Path, table: pa.Table, message: str) -> None:
+    pq.write_table(table, tmp_path / "p.parquet")
+    with pytest.raises(UserError, match=r"p\.parquet") as error:
+        read(tmp_path / "p.parquet")
+    assert message in str(error.value)
+
+
+def test_broken_parquet_and_csv_files(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"prompt": [f"{n}" * 50 for n in range(5000)]}), tmp_path / "p.parquet")
+    whole = (tmp_path / "p.parquet").read_bytes()
+    for content in (b"not parquet at all", whole[:-40], whole[:100] + b"\xff" * 5000 + whole[5100:]):
+        (tmp_path / "p.parquet").write_bytes(content)
+        with pytest.raises(UserError, match="not a readable Parquet file"):
+            read(tmp_path / "p.parquet")
+    (tmp_path / "p.csv").write_text('prompt\n"a quote that stays open\nb\nc\n')
+    with pytest.raises(UserError, match="broken CSV"):
+        read(tmp_path / "p.csv")
+
+
+# --- text that is odd, and text that is no Unicode ----------------------------------------------------------------
+def test_odd_text_is_kept_as_it_is(tmp_path: Path) -> None:
+    lines = [b'{"prompt": "nul \\u0000 bell \x07 raw\ttab"}', '{"prompt": "é\u2028\u0085\u007f 🙂"}'.encode()]
+    (tmp_path / "p.jsonl").write_bytes(b"\xef\xbb\xbf" + b"\r\n".join(lines) + b"\r\n")
+    rows = read(tmp_path / "p.jsonl")
+    assert [text_of(row) for row in rows] == ["nul \x00 bell \x07 raw\ttab", "é\u2028\u0085\x7f 🙂"]
+    assert all(row["error"] is None for row in rows)
+    (tmp_path / "p.csv").write_bytes(b'\xef\xbb\xbfprompt,answer\r\n"two\r\nlines, \x00 and \x07",\r\n')
+    [row] = read(tmp_path / "p.csv")
+    assert text_of(row) == "two\r\nlines, \x00 and \x07" and row["answer"] is None and row["error"] is None
+    (tmp_path / "long.jsonl").write_bytes(b'{"prompt": "' + b"a" * 50_000_000 + b'"}\n{"prompt": "b"}\n')
+    assert [len(text_of(row)) for row in read(tmp_path / "long.jsonl")] == [50_000_000, 1]
+
+
+BAD = [b"caf\xe9 one", b"caf\xe8 one", b"\xed\xa0\x80 is half a pair", b"cut off \xf0\x9f\x99"]
+
+
+def bad_jsonl(path: Path) -> Path:
+    lines = [b'{"prompt": "good"}', *(b'{"prompt": "' + text + b'"}' for text in BAD), b'{"prompt": "fine"}']
+    (path / "p.jsonl").write_bytes(b"\n".join(lines))
+    return path / "p.jsonl"
+
+
+def bad_csv(path: Path) -> Path:
+    (path / "p.csv").write_bytes(b"\n".join([b"prompt", b"good", *BAD, b"fine"]))
+    return path / "p.csv"
+
+
+def bad_json(path: Path) -> Path:
+    texts = ['{"prompt": "good"}', *(f'{{"prompt": "half \\ud83d {n}"}}' for n in range(4)), '{"prompt": "fine"}']
+    (path / "p.json").write_text(f"[{', '.join(texts)}]")
+    return path / "p.json"
+
+
+def bad_parquet(path: Path) -> Path:
+    """Text that is declared as UTF-8 and is not."""
+    raw = pa.array([b"good", *BAD, b"fine"], pa.binary())
+    text = pa.StringArray.from_buffers(len(raw), raw.buffers()[1], raw.buffers()[2])
+    pq.write_table(pa.table({"prompt": text}), path / "p.parquet")
+    return path / "p.parquet"
+
+
+def bad_bytes(path: Path) -> Path:
+    """Text that is declared as bytes."""
+    pq.write_table(pa.table({"prompt": pa.array([b"good", *BAD, b"fine"], pa.binary())}), path / "p.parquet")
+    return path / "p.parquet"
+
+
+def bad_messages(path: Path) -> Path:
+    raw = pa.array([b"good", *BAD, b"fine"], pa.binary())
+    text = pa.StringArray.from_buffers(len(raw), raw.buffers()[1], raw.buffers()[2])
+    turns = pa.StructArray.from_arrays([pa.array(["user"] * len(raw)), text], ["role", "content"])
+    messages = pa.ListArray.from_arrays(list(range(len(raw) + 1)), turns)
+    pq.write_table(pa.table({"messages": messages}), path / "p.parquet")
+    return path / "p.parquet"
+
+
+@pytest.mark.parametrize("make", [bad_jsonl, bad_csv, bad_json, bad_parquet, bad_bytes, bad_messages])
+def test_text_that_is_no_unicode_is_stored_with_its_reason(make: Callable[[Path], Path], tmp_path: Path) -> None:
+    rows = read(make(tmp_path))
+    assert [row["error"] is None for row in rows] == [True, False, False, False, False, True]
+    assert [text_of(row) for row in (rows[0], rows[-1])] == ["good", "fine"]
+    for row in rows[1:-1]:
+        assert "\ufffd" in text_of(row) and row["error"].partition(":")[0] in ("invalid UTF-8", "lone surrogate")
+    assert len({row["prompt_id"] for row in rows}) == len(rows)  # also where the mended texts are equal
+    store = Store(str(tmp_path / "out"))
+    assert store_prompts(store, rows, 4) == len(rows)
+    assert store.read_tables(Store.prompts, PROMPTS).to_pylist() == rows
+    assert store_prompts(store, read(make(tmp_path)), 4) == 0  # read again they are the same prompts
+
+
+def test_every_field_may_hold_bad_text(tmp_path: Path) -> None:
+    bad = "\\udc80x"
+    lines = [
+        f'{{"prompt": "a", "answer": "{bad}"}}',
+        f'{{"prompt": "b", "source": "{bad}"}}',
+        f'{{"prompt": "c", "id": "{bad}"}}',
+        '{"prompt": "d", "id": "\\udc81x"}',
+        f'{{"messages": [{{"role": "system", "content": "{bad}"}}, {{"role": "user", "content": "e"}}]}}',
+        f'{{"prompt": "f", "note": "{bad}"}}',
+    ]
+    (tmp_path / "p.jsonl").write_text("\n".join(lines))
+    rows = read(tmp_path / "p.jsonl")
+    assert [row["error"] is None for row in rows] == [False] * 5 + [True]
+    assert rows[0]["answer"] == rows[1]["source"] == rows[4]["messages"][0]["content"] == "\ufffdx"
+    assert rows[2]["prompt_id"] != rows[3]["prompt_id"]
+    assert pa.Table.from_pylist(rows, schema=PROMPTS).num_rows == 6
+
+
+# --- shards -----------------------------------------------------------------------------------------------------
 def test_shards_only_grow(tmp_path: Path) -> None:
     store = Store(str(tmp_path / "out"))
-    rows = read_prompts(write(tmp_path / "p.jsonl", ROWS), "prompts.path")
-    assert store_prompts(store, rows[:6], 4) == 6
+    rows = read(write(tmp_path / "p.jsonl", ROWS))
+    assert store_prompts(store, iter(rows[:6]), 4) == 6
     before = {path: store.read_table(path) for path in store.committed(Store.prompts)}
     assert store_prompts(store, rows, 4) == 4 and store_prompts(store, rows, 4) == 0
     assert all(store.read_table(path).equals(table) for path, table in before.items())
     stored = store.read_tables(Store.prompts, PROMPTS)["prompt_id"].to_pylist()
     assert stored == [row["prompt_id"] for row in rows]
+    assert [store.count(path) for path in store.committed(Store.prompts)] == [4, 2, 4]
 
 
-def test_changed_prompts_are_refused(tmp_path: Path) -> None:
+def test_the_table_is_the_one_that_arrow_makes(tmp_path: Path) -> None:
+    rows = [prompt_row({"messages": TURNS[start:], "id": start, "answer": "é"}) for start in (0, 1, 3)]
+    table = shards.prompt_table(rows)
+    assert table.equals(pa.Table.from_pylist(rows, schema=PROMPTS)) and table["messages"].type == MESSAGES
+
+
+def test_a_shard_is_no_larger_than_memory_allows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "SHARD_CHARACTERS", 1000)
+    monkeypatch.setattr(shards, "BATCH_CHARACTERS", 300)
+    rows = [prompt_row({"prompt": "x" * 250, "id": n}) for n in range(10)]
     store = Store(str(tmp_path / "out"))
-    rows = read_prompts(write(tmp_path / "p.jsonl", ROWS), "prompts.path")
+    assert store_prompts(store, rows, 100) == 10
+    assert [store.count(path) for path in store.committed(Store.prompts)] == [4, 4, 2]
+    assert store.read_tables(Store.prompts, PROMPTS).to_pylist() == rows
+
+
+@pytest.mark.parametrize("changed", [{"answer": "77"}, {"messages": [*TURNS[:3], {"role": "user", "content": "2"}]}])
+def test_changed_prompts_are_refused(tmp_path: Path, changed: dict[str, Any]) -> None:
+    store = Store(str(tmp_path / "out"))
+    rows = [prompt_row({"messages": TURNS, "id": "turns"}), *read(write(tmp_path / "p.jsonl", ROWS))]
     store_prompts(store, rows, 4)
+    more = prompt_row({"prompt": "new"})
+    assert refuse_changed_prompts(store, [more, *rows]) == 12
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.parquet")}
+    with pytest.raises(UserError, match=r"prompt turns is no longer in the prompts"):
+        refuse_changed_prompts(store, [more, *rows[1:]])
+    with pytest.raises(UserError, match="prompt turns has another text or answer"):
+        refuse_changed_prompts(store, [more, {**rows[0], **changed}, *rows[1:]])  # type: ignore[typeddict-item]
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.parquet")} == before
+
+
+def test_rows_are_read_by_their_place(tmp_path: Path) -> None:
+    store = Store(str(tmp_path / "out"))
+    rows = [prompt_row({"prompt": f"{n} {'x' * 200}", "id": n}) for n in range(50)]
+    store_prompts(store, rows, 100, unit_size=8)
+    [path] = store.committed(Store.prompts)
+    for wanted in ([0], [49], [7, 8, 9], [30, 3, 49, 3], list(range(50)), []):
+        assert read_rows(store, path, wanted, PROMPTS.names).to_pylist() == [rows[n] for n in wanted]
+    assert read_rows(store, path, [12, 11], ["prompt_id"]).to_pydict() == {"prompt_id": ["12", "11"]}
+    for wrong in ([50], [-1, 2]):
+        with pytest.raises(IndexError):
+            read_rows(store, path, wrong, ["prompt_id"])
+
+
+def test_only_the_row_groups_that_are_needed_are_read(tmp_path: Path) -> None:
+    store = Store(str(tmp_path / "out"))
+    rows = [prompt_row({"prompt": f"{n} {'x' * 200}", "id": n}) for n in range(50)]
+    store_prompts(store, rows, 100, unit_size=8)
+    [path] = store.committed(Store.prompts)
+    file = tmp_path / "out" / path
+    group = pq.ParquetFile(file).metadata.row_group(3)
+    columns = [group.column(number) for number in range(group.num_columns)]
+    start = min(column.dictionary_page_offset or column.data_page_offset for column in columns)
+    size = sum(column.total_compressed_size for column in columns)
+    content = file.read_bytes()
+    file.write_bytes(content[:start] + b"\xff" * size + content[start + size :])  # rows 24 … 31 are lost
+    assert read_rows(store, path, [23, 32], PROMPTS.names).to_pylist() == [rows[23], rows[32]]
+    with pytest.raises(OSError):
+        read_rows(store, path, [24], PROMPTS.names)
+
+
+# --- from the file to the store, once -----------------------------------------------------------------------------
+def bring(store: Store, prompts: PromptSource) -> int:
+    count = check_source(store, prompts)
+    store_source(store, prompts, shard_size=3, unit_size=2)
+    return count
+
+
+def test_what_is_stored_is_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(str(tmp_path / "out"))
+    prompts = PromptSource(write(tmp_path / "p.jsonl", ROWS), "prompts.path")
+    readings: list[str] = []
+    monkeypatch.setattr(source, "read_prompts", lambda *args: readings.append(args[0]) or read_prompts(*args))
+
+    def is_read(prompts: PromptSource, count: int) -> bool:
+        readings.clear()
+        assert bring(store, prompts) == count == store.count_rows(Store.prompts)
+        return bool(readings)
+
+    assert is_read(prompts, 10) and not is_read(prompts, 10)
+    moved = PromptSource(str((tmp_path / "p.jsonl").rename(tmp_path / "q.jsonl")), "prompts.path")
+    assert not is_read(moved, 10)
+    assert is_read(PromptSource(moved.path, "prompts.path", limit=10), 10)
+    write(tmp_path / "q.jsonl", [*ROWS, {"prompt": "one more"}])
+    assert is_read(moved, 11) and not is_read(moved, 11)
+    (tmp_path / "out" / store.committed(Store.prompts)[1]).unlink()
+    assert is_read(moved, 11)
+    write(tmp_path / "q.jsonl", ROWS)
     with pytest.raises(UserError, match="no longer in the prompts"):
-        store_prompts(store, rows[1:], 4)
-    with pytest.raises(UserError, match="another text or answer"):
-        store_prompts(store, [{**rows[0], "answer": "77"}, *rows[1:]], 4)
+        check_source(store, moved)
+
+
+class DyingStore(Store):
+    """Dies when it is about to write its n-th file."""
+
+    def __init__(self, out: str, writes: int) -> None:
+        super().__init__(out)
+        self.writes = writes
+
+    def write_bytes(self, path: str, content: Any) -> None:
+        if not self.writes:
+            raise KeyboardInterrupt
+        self.writes -= 1
+        super().write_bytes(path, content)
+
+
+@pytest.mark.parametrize("writes", range(5))
+def test_a_kill_between_any_two_writes_is_harmless(tmp_path: Path, writes: int) -> None:
+    out = str(tmp_path / "out")
+    prompts = PromptSource(write(tmp_path / "p.jsonl", ROWS), "prompts.path")
+    with pytest.raises(KeyboardInterrupt):
+        bring(DyingStore(out, writes), prompts)
+    assert bring(Store(out), prompts) == 10
+    stored = Store(out).read_tables(Store.prompts, PROMPTS).to_pylist()
+    assert sorted(row["prompt_id"] for row in stored) == sorted(row["prompt_id"] for row in prompts.rows())
+    assert Store(out).exists(".deltaray/prompts/prompts.json")
+
+
+def test_a_file_that_changes_while_it_is_read_gets_no_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(str(tmp_path / "out"))
+    prompts = PromptSource(write(tmp_path / "p.jsonl", ROWS), "prompts.path")
+
+    def reading_while_it_grows(*arguments: Any) -> int:
+        count = store_prompts(*arguments)
+        write(tmp_path / "p.jsonl", [*ROWS, {"prompt": "one more"}])
+        return count
+
+    monkeypatch.setattr(source, "store_prompts", reading_while_it_grows)
+    store_source(store, prompts, 4, 2)
+    assert not store.exists(".deltaray/prompts/prompts.json")
+
+
+# --- memory -----------------------------------------------------------------------------------------------------
+PEAK = """
+import sys
+from deltaray.prompts import PromptSource, check_source, store_source
+from deltaray.store import Store
+
+def kib(name):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name))
+
+prompts, store, before = PromptSource(sys.argv[1], "prompts.path"), Store(sys.argv[2]), kib("VmRSS")
+if sys.argv[3] == "stream":
+    check_source(store, prompts)
+    store_source(store, prompts, 4096, 256)
+else:
+    held = list(prompts.rows())
+print(kib("VmHWM") - before)
+"""
+
+
+def peak(how: str, path: Path, out: Path) -> int:
+    """Growth of a process's largest resident set over what its imports take, in KiB."""
+    command = [sys.executable, "-c", PEAK, str(path), str(out), how]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def test_two_hundred_thousand_prompts_stream(tmp_path: Path) -> None:
+    with (tmp_path / "p.jsonl").open("w") as file:
+        for number in range(200_000):
+            file.write(f'{{"prompt": "{number} {"and so on " * 80}"}}\n')
+    streamed, held = (peak(how, tmp_path / "p.jsonl", tmp_path / "out") for how in ("stream", "hold"))
+    assert streamed < held / 2
+    store = Store(str(tmp_path / "out"))
+    assert store.count_rows(Store.prompts) == 200_000 and len(store.committed(Store.prompts)) == 49

@@ -1,6 +1,19 @@
-"""Prompts: from the user's file to normalised, identified rows."""
+"""Prompts: from the user's file to checked, identified rows in shards, with bounded memory."""
 
-from deltaray.prompts.read import PromptRow, is_hub_dataset, read_prompts
-from deltaray.prompts.shards import refuse_changed_prompts, store_prompts
+from deltaray.prompts.formats import is_hub_dataset
+from deltaray.prompts.read import read_prompts
+from deltaray.prompts.rows import PromptRow
+from deltaray.prompts.shards import read_rows, refuse_changed_prompts, store_prompts
+from deltaray.prompts.source import PromptSource, check_source, store_source
 
-__all__ = ["PromptRow", "is_hub_dataset", "read_prompts", "refuse_changed_prompts", "store_prompts"]
+__all__ = [
+    "PromptRow",
+    "PromptSource",
+    "check_source",
+    "is_hub_dataset",
+    "read_prompts",
+    "read_rows",
+    "refuse_changed_prompts",
+    "store_prompts",
+    "store_source",
+]

@@ -1,54 +1,64 @@
 """Everything that can be refused before a process is started or a file is written."""
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
 from deltaray.chat import load_tokenizer
 from deltaray.errors import UserError
-from deltaray.prompts import PromptRow, is_hub_dataset, read_prompts
-from deltaray.recipe.models import Model
+from deltaray.generate.identity import generation_identity, model_identity
+from deltaray.prompts import PromptSource, check_source, is_hub_dataset, refuse_changed_prompts
+from deltaray.recipe.models import Model, Task, Teacher
 from deltaray.recipe.study import Study, base_name
+from deltaray.store import Store
 
 HUB_TIMEOUT = 20.0
 """Seconds."""
-SAMPLED_BYTES = 1 << 20
-"""How much of a weight file's beginning and end goes into its fingerprint."""
 
 
-def check_inputs(study: Study) -> list[PromptRow]:
-    """Reads all prompts and looks at all models; returns the prompts.
+def check_inputs(study: Study, store: Store) -> None:
+    """Reads all prompts, compares them with those in the store, and looks at all models.
 
     Raises:
         UserError: the first mistake found, with file, key or row and the mend.
     """
-    prompts = study_prompts(study)
-    if study.recipe.evaluation:
-        check_tasks(study)
+    check_source(store, prompt_source(study))
+    check_tasks(study, store)
     for key, model in models_of(study):
         check_model(model, key)
-    return prompts
 
 
-def check_local_inputs(study: Study) -> int | None:
+def check_local_inputs(study: Study, store: Store) -> int | None:
     """The same for what lies on this machine; what is on a hub is looked at when it runs.
 
     Returns:
         the number of prompts; None if they are on a hub.
     """
     hub = is_hub_dataset(study.recipe.prompts.path)
-    prompts = None if hub else len(study_prompts(study))
-    if study.recipe.evaluation:
-        check_tasks(study)
+    prompts = None if hub else check_source(store, prompt_source(study))
+    check_tasks(study, store)
     for key, model in models_of(study):
-        if model.is_local:
+        if model.is_local or _is_served(model):
             check_model(model, key)
     return prompts
 
 
-def study_prompts(study: Study) -> list[PromptRow]:
+def prompt_source(study: Study) -> PromptSource:
+    """The study's prompts."""
     prompts = study.recipe.prompts
-    return read_prompts(prompts.path, "prompts.path", prompts.limit, prompts.duplicates == "drop")
+    return PromptSource(prompts.path, "prompts.path", prompts.limit, prompts.duplicates == "drop")
+
+
+def task_sources(study: Study) -> dict[str, PromptSource]:
+    """The prompts of all evaluation tasks by name, those for the selection included."""
+    return {
+        name: PromptSource(task.path, f"evaluation.{section}.{name}.path", task.limit)
+        for section in ("tasks", "selection")
+        for name, task in _tasks(study, section).items()
+    }
+
+
+def _tasks(study: Study, section: str) -> dict[str, Task]:
+    return getattr(study.recipe.evaluation, section, {})
 
 
 def models_of(study: Study) -> list[tuple[str, Model]]:
@@ -57,19 +67,18 @@ def models_of(study: Study) -> list[tuple[str, Model]]:
     return [*teachers, *(("student", student) for student in study.students.values())]
 
 
-def check_tasks(study: Study) -> None:
-    """Every task can be read, has answers, and the selection shares no prompt with what is reported."""
-    evaluation = study.recipe.evaluation
-    assert evaluation is not None
+def check_tasks(study: Study, store: Store) -> None:
+    """Every task can be read, has answers, is what the store has, and the selection shares no prompt with the rest."""
     prompts: dict[str, dict[str, str]] = {"tasks": {}, "selection": {}}
-    for section, tasks in (("tasks", evaluation.tasks), ("selection", evaluation.selection)):
-        for name, task in tasks.items():
-            key = f"evaluation.{section}.{name}.path"
-            rows = read_prompts(task.path, key, task.limit)
-            unanswered = next((row for row in rows if row["answer"] is None), None)
-            if unanswered is not None:
-                raise UserError(f"{key}: {task.path}: prompt {unanswered['prompt_id']} has no `answer` to compare with")
-            prompts[section] |= {str(row["messages"]): name for row in rows}
+    for name, source in task_sources(study).items():
+        rows = list(source.rows())
+        unanswered = next((row for row in rows if row["answer"] is None), None)
+        if unanswered is not None:
+            raise UserError(
+                f"{source.key}: {source.path}: prompt {unanswered['prompt_id']} has no `answer` to compare with"
+            )
+        refuse_changed_prompts(store, rows, Store.evaluation_prompts(name))
+        prompts[source.key.split(".")[1]] |= {str(row["messages"]): name for row in rows}
     shared = prompts["tasks"].keys() & prompts["selection"].keys()
     if shared:
         first = min(shared)
@@ -80,16 +89,33 @@ def check_tasks(study: Study) -> None:
 
 
 def check_model(model: Model, key: str) -> None:
-    """The model's folder is there and its tokenizer has a chat template."""
+    """The model's folder is there and its tokenizer has a chat template; or a server has it, and its key is there."""
+    if isinstance(model, Teacher) and model.endpoint is not None:
+        from deltaray.generate.endpoint import check_endpoint
+
+        return check_endpoint(model.endpoint, f"{key}.endpoint")
     if model.is_local and not Path(model.model).is_dir():
         raise UserError(
             f"{key}.model: there is no folder {model.model}; give a Hugging Face model folder or a hub id (owner/name)"
         )
     if model.is_local and not (Path(model.model) / "config.json").is_file():
         raise UserError(f"{key}.model: {model.model} holds no config.json; give a Hugging Face model folder")
+    if isinstance(model, Teacher) and model.adapter is not None:
+        _check_adapter(Path(model.adapter), f"{key}.adapter")
     if not model.is_local:
         _find_on_hub(model, key)
     load_tokenizer(model, key)
+
+
+def _is_served(model: Model) -> bool:
+    return isinstance(model, Teacher) and model.endpoint is not None
+
+
+def _check_adapter(folder: Path, key: str) -> None:
+    if not (folder / "adapter_config.json").is_file():
+        raise UserError(f"{key}: {folder} holds no adapter_config.json; give a folder that PEFT has saved")
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise UserError(f"{key}: {folder} holds no adapter_model.safetensors; save the adapter as safetensors")
 
 
 def _find_on_hub(model: Model, key: str) -> None:
@@ -113,12 +139,11 @@ def definitions(study: Study) -> dict[str, dict[str, Any]]:
     recipe = study.recipe
     found: dict[str, dict[str, Any]] = {"study": {"name": recipe.name}}
     for name, teacher in study.teachers.items():
-        engine = {"dtype": teacher.engine.dtype, "max_model_len": teacher.engine.max_model_len}
-        found[f"responses/teacher={name}"] = {**_model(teacher), **teacher.sampling.model_dump(mode="json"), **engine}
+        found[Store.responses(name)] = generation_identity(teacher)
     for name, scorer in recipe.scorers.items():
         found[f"scores/scorer={name}"] = scorer.model_dump(mode="json")
     for name, student in study.students.items():
-        found[f"students/{name}"] = {**_model(student), "max_length": student.max_length}
+        found[f"students/{name}"] = {**model_identity(student), "max_length": student.max_length}
     for name, pairing in study.pairings.items():
         found[f"pairs/pairing={name}"] = pairing.model_dump(mode="json") | {"student": study.student_of(name)}
     for name, run in study.runs.items():
@@ -126,34 +151,6 @@ def definitions(study: Study) -> dict[str, dict[str, Any]]:
         settings = run.settings.model_dump(mode="json")
         found[f"training/{name}"] = {**settings, "student": run.student, "pairing": run.pairing, "dtype": dtype}
     for section in ("tasks", "selection"):
-        for name, task in getattr(recipe.evaluation, section, {}).items():
+        for name, task in _tasks(study, section).items():
             found[f"evaluation/task={name}"] = task.model_dump(mode="json", exclude={"path", "limit"})
     return found
-
-
-def _model(model: Model) -> dict[str, Any]:
-    described = model.model_dump(mode="json", include=set(Model.model_fields))
-    if model.is_local:  # what it is counts, not where it lies
-        described["model"] = fingerprint(Path(model.model))
-    return described
-
-
-def fingerprint(folder: Path) -> str:
-    """Tells two versions of a local model apart without reading all its weights."""
-    digest = hashlib.sha256()
-    for file in sorted(folder.iterdir()):
-        if file.name != "config.json" and file.suffix not in (".safetensors", ".jinja"):
-            continue
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size}\n".encode())
-        with file.open("rb") as source:
-            digest.update(source.read(SAMPLED_BYTES))
-            source.seek(max(0, size - SAMPLED_BYTES))
-            digest.update(source.read())
-    return digest.hexdigest()[:16]
-
-
-def check_study_folder(out: Path) -> None:
-    """UserError unless `out` is what a study has written."""
-    if not (out / "recipe.yaml").is_file():
-        raise UserError(f"{out}: is no output folder of deltaray (there is no recipe.yaml in it)")
