@@ -1,78 +1,171 @@
-"""Status: what a study's folder holds, what is left, and how fast the running stage is."""
+"""Status: what a study holds, what is left, and how fast it goes; reads listings, footers and error columns."""
 
 import json
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
+from deltaray.errors import UserError
+from deltaray.generate.staging import RETRY, UNITS, failures
 from deltaray.plan import Item, make_plan, stages_of
-from deltaray.recipe import expand, load_recipe
-from deltaray.runtime.preflight import check_study_folder
+from deltaray.recipe import Recipe, expand, load_recipe
 from deltaray.runtime.session import declared_capacity
 from deltaray.runtime.terminal import Terminal
+from deltaray.storage.filesystem import together
 from deltaray.store import Store
 
 RECENT = 600.0
 """Seconds: files younger than this say how fast a stage is now."""
+FOLDERS = {"pair": "pairs", "train": "students", "evaluate": "evaluation/responses"}
+"""Where a stage commits; generation counts teacher by teacher."""
+
+Row = dict[str, Any]
 
 
-def study_status(out: Path, terminal: Terminal, as_json: bool) -> None:
-    """Prints the status of the study in `out`.
+def study_status(out: str, terminal: Terminal, as_json: bool) -> None:
+    """Prints the status of the study in `out`, a folder or the address of an object store.
 
     Raises:
         UserError: `out` is not a study's output.
     """
-    check_study_folder(out)
-    recipe = load_recipe(out / "recipe.yaml", [f"out={json.dumps(str(out))}"])
-    study, store = expand(recipe), Store(str(out))
-    prompts = store.count_rows(Store.prompts)
-    items = make_plan(study, store, prompts, declared_capacity(recipe.cluster))
-    rows = [_stage_row(out, stage, group) for stage, group in stages_of(items).items()]
+    store = open_study(out)
+    recipe = stored_recipe(store)
+    items = make_plan(expand(recipe), store, store.count_rows(Store.prompts), declared_capacity(recipe.cluster))
+    stages = stages_of(items)
+    teachers = [_teacher_row(store, item) for item in stages.get("generate", [])]
+    rows = [_stage_row(store, stage, group, teachers) for stage, group in stages.items()]
     if as_json:
-        return terminal.result_json({"out": store.out, "stages": rows})
-    table = Table(title=f"{recipe.name} -> {store.out}", title_justify="left")
-    for column in ("stage", "done", "of", "unit", "per second", "time left"):
-        table.add_column(column, justify="left" if column in ("stage", "unit") else "right")
-    for row in rows:
-        table.add_row(*(_cell(row[key]) for key in ("stage", "done", "total", "unit", "rate", "seconds_left")))
-    terminal.out.print(table)
+        return terminal.result_json({"out": store.out, "stages": rows, "teachers": teachers})
+    title = f"{recipe.name} -> {store.out}"
+    terminal.out.print(_table(title, rows, ("stage", "done", "total", "unit", "rate", "seconds_left")))
+    terminal.out.print(_table("teachers", teachers, ("teacher", "done", "total", "rate", "seconds_left", "failed")))
 
 
-def _stage_row(out: Path, stage: str, items: list[Item]) -> dict[str, Any]:
+def open_study(out: str) -> Store:
+    """The store of a study that is there.
+
+    Raises:
+        UserError: there is none, or it cannot be reached.
+    """
+    store = Store(out)
+    store.check_access()
+    if not store.exists("recipe.yaml"):
+        raise UserError(f"{out}: is no output folder of deltaray (there is no recipe.yaml in it)")
+    return store
+
+
+def stored_recipe(store: Store) -> Recipe:
+    """The resolved recipe of a study, which writes to where it was found."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "recipe.yaml"
+        copy.write_bytes(store.read_bytes("recipe.yaml"))
+        try:
+            return load_recipe(copy, [f"out={json.dumps(store.out)}"])
+        except UserError as error:
+            raise UserError(str(error).replace(str(copy), store.address("recipe.yaml"))) from None
+
+
+# --- rows -------------------------------------------------------------------------------------------------------
+def _teacher_row(store: Store, item: Item) -> Row:
+    destination = Store.responses(item.name)
+    rate = None if item.finished else _rate(store, destination)
+    return {
+        "teacher": item.name,
+        "done": item.done,
+        "total": item.total,
+        "rate": rate,
+        "seconds_left": _seconds_left(item.done, item.total, rate),
+        "failed": _failed(store, destination),
+    }
+
+
+def _stage_row(store: Store, stage: str, items: list[Item], teachers: list[Row]) -> Row:
     known = all(item.total is not None for item in items)
     total = sum(item.total or 0 for item in items) if known else None
     done = sum(item.done for item in items)
-    rate = _rate(out, items, done) if total is None or done < total else None
-    left = round((total - done) / rate) if total is not None and rate else None
+    finished = all(item.finished for item in items)
+    if stage == "generate":  # pools that run side by side add up; a teacher that waits has no rate yet
+        rate = sum(row["rate"] or 0.0 for row in teachers) or None
+    else:
+        rate = _rate(store, FOLDERS[stage]) if stage in FOLDERS and not finished else None
     return {
         "stage": stage,
         "done": done,
         "total": total,
         "unit": items[0].unit,
         "rate": rate,
-        "seconds_left": left,
-        "finished": all(item.finished for item in items),
+        "seconds_left": _seconds_left(done, total, rate),
+        "finished": finished,
     }
 
 
-FOLDERS = {"generate": "responses", "pair": "pairs", "train": "students", "evaluate": "evaluation/responses"}
+def _seconds_left(done: int, total: int | None, rate: float | None) -> int | None:
+    return round((total - done) / rate) if total is not None and rate else None
 
 
-def _rate(out: Path, items: list[Item], done: int) -> float | None:
-    """Units per second over the files committed lately; None if nothing was."""
-    folder = out / FOLDERS.get(items[0].stage, "none")
-    pattern = "*/config.json" if items[0].stage == "train" else "**/*.parquet"
-    times = [file.stat().st_mtime for file in folder.glob(pattern)] if folder.is_dir() else []
-    recent = [at for at in times if time.time() - at < RECENT]
-    if not recent or not done:
-        return None
-    seconds = max(time.time() - min(recent), 1.0)
-    return round(done * len(recent) / len(times) / seconds, 2)
+# --- how fast, and what went wrong ------------------------------------------------------------------------------
+def _rate(store: Store, folder: str) -> float | None:
+    """Rows (students) per second over what was committed lately, from the second commit on; None if too little was.
+
+    Units that wait to be published tell more than published files, which appear long after their first row.
+    """
+    for place in (f"{UNITS}/{folder}", folder):
+        suffix = "/config.json" if folder == FOLDERS["train"] else ".parquet"
+        now = time.time()
+        times = {path: info.mtime_ns / 1e9 for path, info in store.listing(place, suffix).items()}
+        recent = sorted((path for path in times if now - times[path] < RECENT), key=times.__getitem__)
+        if len(recent) > 1:
+            rows = len(recent) - 1 if suffix != ".parquet" else sum(together(store.count, recent[1:]))
+            return round(rows / max(now - times[recent[0]], 1.0), 2)
+    return None
 
 
-def _cell(value: Any) -> str:
+def _failed(store: Store, destination: str) -> dict[str, int]:
+    """Failed rows by reason, in what is published and what waits; only columns that hold an error are read."""
+    waiting = [path for path in store.listing(f"{UNITS}/{destination}") if f"{RETRY}/" not in path]
+    files = [*store.committed(destination), *waiting]
+    footers = together(store.footer, files)
+    return failures(store, [path for path, footer in zip(files, footers, strict=True) if _may_hold_errors(footer)])
+
+
+def _may_hold_errors(footer: Any) -> bool:
+    """Whether the column `error` has a value, as far as the footer's statistics tell."""
+    groups = [footer.row_group(number) for number in range(footer.num_row_groups)]
+    columns = [group.column(number) for group in groups for number in range(group.num_columns)]
+    of_errors = [column for column in columns if column.path_in_schema == "error"]
+    return any(
+        not column.is_stats_set
+        or not column.statistics.has_null_count
+        or column.statistics.null_count < column.num_values
+        for column in of_errors
+    )
+
+
+# --- what the user sees -----------------------------------------------------------------------------------------
+HEADINGS = {"total": "of", "rate": "per second", "seconds_left": "time left"}
+
+
+def _table(title: str, rows: list[Row], keys: tuple[str, ...]) -> Table:
+    table = Table(title=title, title_justify="left")
+    for key in keys:
+        table.add_column(HEADINGS.get(key, key), justify="left" if rows and _is_text(rows[0][key]) else "right")
+    for row in rows:
+        table.add_row(*(_cell(key, row[key]) for key in keys))
+    return table
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str | dict)
+
+
+def _cell(key: str, value: Any) -> str:
     if value is None:
         return ""
+    if isinstance(value, dict):
+        return ", ".join(f"{count:,} {reason}" for reason, count in value.items())
+    if key == "seconds_left":
+        return f"{value // 3600}:{value // 60 % 60:02d}:{value % 60:02d}"
     return f"{value:,}" if isinstance(value, int | float) else str(value)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,12 @@ import jinja2
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from deltaray.store import Store
+
 from . import charts, series, tables
 from .model import Pairing, Study
 from .read import read_study
+from .remote import local_copy
 from .summary import summarize
 
 HERE = Path(__file__).parent
@@ -25,15 +27,19 @@ MAX_PAIRS = 2000
 
 def build_report(out: Path) -> Path:
     """Write `out/report.html` from what `out` holds so far; a reader never sees half a file."""
-    target = out / "report.html"
-    partial = out / f".report.html.{os.getpid()}.partial"
-    try:
+    return Path(write_report(Store(str(out))))
+
+
+def write_report(store: Store) -> str:
+    """Write `report.html` from what the store holds so far and return its full name.
+
+    Raises:
+        StageError: the disk is full.
+    """
+    with local_copy(store) as out:
         page = render(read_study(out, MAX_PAIRS))
-        partial.write_text(page, encoding="utf-8", errors="replace", newline="\n")
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
-    return target
+    store.write_bytes("report.html", page.encode("utf-8", errors="replace"))
+    return store.address("report.html")
 
 
 def render(study: Study) -> str:

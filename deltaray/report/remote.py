@@ -1,0 +1,38 @@
+"""The files of a study that a report is made from, on this machine."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+from pyarrow import fs
+
+from deltaray.storage.filesystem import together
+from deltaray.store import Store
+
+
+@contextmanager
+def local_copy(store: Store) -> Iterator[Path]:
+    """The study's folder; of one on an object store a temporary copy of what a report reads (all pairs, no answers)."""
+    if store.local is not None:
+        yield store.local
+        return
+    with tempfile.TemporaryDirectory(prefix="deltaray-report-") as folder:
+        together(partial(_fetch, store, Path(folder)), _wanted(store))
+        yield Path(folder)
+
+
+def _wanted(store: Store) -> list[str]:
+    single = [path for path in ("recipe.yaml", ".deltaray/stages.jsonl") if store.exists(path)]
+    pairs = [path for suffix in (".parquet", "/funnel.json") for path in store.listing("pairs", suffix)]
+    training = store.listing("training", "/metrics.jsonl")
+    return [*single, *pairs, *training, *store.committed("evaluation", ".json")]
+
+
+def _fetch(store: Store, folder: Path, path: str) -> None:
+    target = folder / path
+    target.parent.mkdir(parents=True, exist_ok=True)
+    fs.copy_files(path, str(target), store.filesystem, fs.LocalFileSystem())

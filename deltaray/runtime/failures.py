@@ -1,0 +1,21 @@
+"""What failed in a process of Ray's, in our own words."""
+
+import re
+
+from deltaray.errors import StageError, UserError
+
+OURS = {f"{kind.__module__}.{kind.__qualname__}": kind for kind in (StageError, UserError)}
+NAMES = "|".join(map(re.escape, OURS))
+TOLD = re.compile(rf"^({NAMES}): (.*?)(?=\n\n(?:The above exception|During handling)|\Z)", re.DOTALL | re.MULTILINE)
+
+
+def told_in(error: BaseException) -> StageError | UserError | None:
+    """Our own exception that a Ray task ended with; None if it ended with another. Pure.
+
+    Ray raises an exception of its own in the driver. `ray.get` makes it look like ours, but with the remote traceback
+    in its text; Ray Data keeps nothing of ours but that text.
+    """
+    if isinstance(error, StageError | UserError) and type(error) in OURS.values():
+        return error
+    found = TOLD.search(str(error))
+    return OURS[found[1]](found[2].strip()) if found else None

@@ -1,0 +1,66 @@
+"""Parquet files that are checked when they are opened: a foreign or damaged one is named, with what is wrong."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyarrow import fs
+
+from deltaray.errors import UserError
+
+MEND = "remove it (the same command makes again what is missing) or use another `out`"
+
+
+@contextmanager
+def open_parquet(
+    filesystem: fs.FileSystem, path: str, address: str, schema: pa.Schema | None = None
+) -> Iterator[pq.ParquetFile]:
+    """An open file with, if a schema is given, all its columns in their types (more columns may be there).
+
+    What we write ourselves appears only when it is complete, so anything else was put there or changed by somebody:
+    the user's mistake. The schema stands in the footer, which every reader needs, so checking it costs nothing.
+
+    Args:
+        address: the file's name in messages.
+
+    Raises:
+        UserError: it is no Parquet file, is damaged, or is a table of another kind.
+        FileNotFoundError: it is not there.
+    """
+    with filesystem.open_input_file(path) as source:
+        try:
+            file = pq.ParquetFile(source)
+            refuse_foreign(file.schema_arrow, schema, address)
+            yield file
+        except ValueError as error:  # pyarrow's ArrowInvalid is one
+            raise _damaged(address, error) from None
+        except OSError as error:
+            # pyarrow reports damaged pages without an errno, and so it does a network's failures
+            if error.errno is not None or not isinstance(filesystem_below(filesystem), fs.LocalFileSystem):
+                raise
+            raise _damaged(address, error) from None
+
+
+def refuse_foreign(found: pa.Schema, wanted: pa.Schema | None, address: str) -> None:
+    """UserError if a wanted column is not there or has another type."""
+    wrong = [line for field in wanted or [] if (line := _difference(found, field))]
+    if wrong:
+        raise UserError(f"{address}: is no table of this kind: {'; '.join(wrong)}; {MEND}")
+
+
+def _difference(found: pa.Schema, field: pa.Field) -> str | None:
+    at = found.get_field_index(field.name)
+    if at < 0:
+        return f"column {field.name} ({field.type}) is missing"
+    there = found.field(at).type
+    return None if there.equals(field.type) else f"column {field.name} is {there} instead of {field.type}"
+
+
+def _damaged(address: str, error: Exception) -> UserError:
+    reason = str(error).strip().splitlines()[0].rstrip(".")
+    return UserError(f"{address}: is damaged or no Parquet file of ours: {reason}; {MEND}")
+
+
+def filesystem_below(filesystem: fs.FileSystem) -> fs.FileSystem:
+    return filesystem.base_fs if isinstance(filesystem, fs.SubTreeFileSystem) else filesystem
