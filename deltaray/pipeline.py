@@ -6,19 +6,22 @@ This is the Python API behind the command line: `Pipeline(load_recipe(path)).run
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from deltaray.errors import StageError, UserError
+from deltaray.generate.supersede import changed_teachers, supersede
+from deltaray.generate.units import responses_in
 from deltaray.plan import Item, make_plan
-from deltaray.prompts import PromptRow, refuse_changed_prompts, store_prompts
+from deltaray.prompts import store_source
 from deltaray.recipe import Recipe, Study, dump_recipe, expand
 from deltaray.recipe.study import TrainingRun
+from deltaray.runtime.failures import told_in
 from deltaray.runtime.memory import PeakMemory
-from deltaray.runtime.preflight import check_inputs, check_local_inputs, definitions
+from deltaray.runtime.preflight import check_inputs, check_local_inputs, definitions, prompt_source
 from deltaray.runtime.session import (
     Capacity,
     declared_capacity,
@@ -39,7 +42,9 @@ SECTIONS = {"pair": "pairings", "train": "training", "evaluate": "evaluation"}
 class Pipeline:
     """One study on one cluster. Ray is started when the first stage has something to do."""
 
-    def __init__(self, recipe: Recipe, terminal: Terminal | None = None) -> None:
+    def __init__(self, recipe: Recipe, terminal: Terminal | None = None, retry_failed: bool = False) -> None:
+        """`retry_failed`: generation tries the rows again that failed."""
+        self.retry_failed = retry_failed
         self.recipe, self.terminal = recipe, terminal or Terminal()
         self.study: Study = expand(recipe)
         self.store = Store(recipe.out)
@@ -55,8 +60,8 @@ class Pipeline:
         prompts = None
         if not self._family_missing():
             with self.terminal.chatter_to(Path(os.devnull)):
-                prompts = check_local_inputs(self.study)
-            self.store.claim(definitions(self.study), write=False)
+                prompts = check_local_inputs(self.study, self.store)
+            self._claim()
         return make_plan(self.study, self.store, prompts, capacity), capacity
 
     def _declared(self) -> Capacity:
@@ -65,12 +70,17 @@ class Pipeline:
             refuse_impossible(self.study, capacity)
         return capacity
 
-    def _check(self) -> list[PromptRow]:
+    def _check(self) -> None:
         with self.terminal.chatter_to(Path(os.devnull)):
-            prompts = check_inputs(self.study)
-        self.store.claim(definitions(self.study), write=False)
-        refuse_changed_prompts(self.store, prompts)
-        return prompts
+            check_inputs(self.study, self.store)
+        self._claim()
+
+    def _claim(self) -> None:
+        """Refuses an `out` whose artifacts come from other definitions, but for responses that may step aside."""
+        self.store.check_access()
+        aside = {Store.responses(name) for name in changed_teachers(self.study, self.store)}
+        kept = {name: value for name, value in definitions(self.study).items() if name not in aside}
+        self.store.claim(kept, write=False)
 
     def _family_missing(self) -> bool:
         if self.recipe.miniature is None:
@@ -96,19 +106,25 @@ class Pipeline:
             raise UserError(
                 f"{self.recipe.name}: the recipe has no `{SECTIONS[stage]}:` section, so nothing to {stage}"
             )
-        self._prepare()
-        self._run_stages(wanted, self._log_file())
+        with ExitStack() as alone:
+            self._prepare(alone)
+            self._run_stages(wanted, self._log_file())
         with self.terminal.chatter_to(Path(os.devnull)):  # processes complain while they are ended
             stop_ray()
 
-    def _prepare(self) -> None:
-        """The family of a miniature; then all checks; then, and not before, the first file of the study."""
+    def _prepare(self, alone: ExitStack) -> None:
+        """The family of a miniature; then all checks; then, and not before, the first file of the study.
+
+        `alone` holds the lock on `out` from then on.
+        """
         if self.recipe.miniature and self._family_missing():
             self._run_stages(["miniature"], Path(self.recipe.miniature.directory) / "make.log")
-        prompts = self._check()
+        self._check()
         if joins_cluster(self.recipe.cluster):
             self._ray()
-        self._write_recipe(prompts)
+        alone.enter_context(self.store.lock())
+        self.store.sweep()
+        self._write_recipe()
 
     def _run_stages(self, stages: list[str], log: Path) -> None:
         with self.terminal.chatter_to(log):
@@ -122,11 +138,12 @@ class Pipeline:
         folder = self.store.local / ".deltaray" / "logs" if self.store.local else Path("deltaray-logs")
         return folder / f"{datetime.now(UTC):%Y%m%dT%H%M%S}.log"
 
-    def _write_recipe(self, prompts: list[PromptRow]) -> None:
+    def _write_recipe(self) -> None:
         try:
+            supersede(self.study, self.store)
             self.store.claim(definitions(self.study))
             self.store.write_bytes("recipe.yaml", dump_recipe(self.recipe).encode())
-            store_prompts(self.store, prompts, self.recipe.shard_size)
+            store_source(self.store, prompt_source(self.study), self.recipe.shard_size, self.recipe.unit_size)
         except OSError as error:
             raise UserError(f"out: {self.store.out} cannot be written: {error.strerror or error}") from None
         self.bound = True
@@ -141,13 +158,13 @@ class Pipeline:
     def _run_stage(self, stage: str, log: Path) -> None:
         try:
             getattr(self, f"_{stage}")()
-        except (UserError, StageError, KeyboardInterrupt):
-            raise
         except Exception as error:
+            if type(error) in (UserError, StageError):
+                raise
             import traceback
 
             traceback.print_exc()  # descriptor 2 is the log here
-            raise StageError(_failure(stage, error, log)) from error
+            raise told_in(error) or StageError(_failure(stage, error, log)) from error
 
     @contextmanager
     def _stage(self, stage: str, unit: str, left: int, shown: str | None = None) -> Iterator[StageProgress]:
@@ -182,6 +199,9 @@ class Pipeline:
         while self.bound and self.records:
             self.store.append_line(".deltaray/stages.jsonl", self.records.pop(0))
 
+    def _say(self, stage: str, text: str) -> None:
+        self.terminal.say(f"{stage}: {text}")
+
     def _nothing(self, stage: str, what: str) -> None:
         self.terminal.say(f"{stage}: nothing to do ({what})")
 
@@ -198,16 +218,15 @@ class Pipeline:
                 make_family(directory, seed, lambda name, *step, end=suffix: progress.update(name + end, *step))
 
     def _generate(self) -> None:
-        from deltaray.generate.stage import generate, teacher_units
+        from deltaray.generate.stage import generate, teacher_work
 
-        names = self.study.paired_teachers()
-        units = [unit for name in names for unit in teacher_units(self.study, self.store, name)]
-        left = sum(len(unit["prompt_ids"]) * unit["samples"] for unit in units)
-        if not left:
-            rows = sum(self.store.count_rows(Store.responses(name)) for name in names)
+        works = teacher_work(self.study, self.store, self.retry_failed)
+        if all(work.finished for work in works):
+            rows = sum(self.store.count_rows(work.destination) for work in works)
             return self._nothing("generate", f"{rows:,} responses are stored")
+        left = sum(responses_in(work.units) for work in works)
         with self._stage("generate", "responses", left) as progress:
-            generate(self.study, self.store, self._ray(), progress.update)
+            generate(self.study, self.store, works, self._ray(), progress.update, partial(self._say, "generate"))
 
     def _pair(self) -> None:
         from deltaray.pair.stage import is_paired, pair
@@ -256,11 +275,11 @@ class Pipeline:
         from deltaray.evaluate.stage import conclude, evaluate, evaluation_work, is_concluded, store_task_prompts
 
         store_task_prompts(self.study, self.store)
-        units = [unit for _, _, group in evaluation_work(self.study, self.store) for unit in group]
-        if units:
-            left = sum(len(unit["prompt_ids"]) * unit["samples"] for unit in units)
+        works = evaluation_work(self.study, self.store)
+        if not all(work.finished for work in works):
+            left = sum(responses_in(work.units) for work in works)
             with self._stage("evaluate", "answers", left) as progress:
-                evaluate(self.study, self.store, self._ray(), progress.update)
+                evaluate(self.study, self.store, works, self._ray(), progress.update, partial(self._say, "evaluate"))
         elif is_concluded(self.study, self.store):
             self._nothing("evaluate", f"{len(self.study.evaluated)} models are evaluated")
         else:
@@ -269,13 +288,11 @@ class Pipeline:
             self.terminal.say("evaluate: no answers to make; the summary is written anew")
 
     def _report(self) -> None:
-        from deltaray.report.build import build_report
+        from deltaray.report import write_report
 
-        if self.store.local is None:
-            return self._nothing("report", "reports are written for local `out` folders")
         if not self.worked and self.store.exists("report.html"):
-            return self._nothing("report", str(self.store.local / "report.html"))
-        self.terminal.say(f"report: {build_report(self.store.local)}")
+            return self._nothing("report", self.store.address("report.html"))
+        self.terminal.say(f"report: {write_report(self.store)}")
 
 
 def _show_training(progress: StageProgress, run: str, step: int, total: int, metrics: dict[str, Any]) -> None:

@@ -3,9 +3,10 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from deltaray.contracts import PROMPTS
 from deltaray.evaluate.stage import all_tasks
+from deltaray.generate.staging import rows_done
 from deltaray.pair.stage import is_paired
+from deltaray.recipe.models import Student, Teacher
 from deltaray.recipe.study import Study, TrainingRun
 from deltaray.runtime.session import Capacity
 from deltaray.store import Store
@@ -46,16 +47,21 @@ def generation_items(study: Study, store: Store, prompts: int | None, capacity: 
     for name in study.paired_teachers():
         teacher = study.teachers[name]
         total = None if prompts is None else prompts * teacher.sampling.samples
-        done = store.count_rows(Store.responses(name))
-        items.append(Item("generate", name, "responses", total, done, _engine_place(teacher.engine, capacity)))
+        done = rows_done(store, Store.responses(name))
+        items.append(Item("generate", name, "responses", total, done, _place(teacher, capacity)))
     return items
 
 
-def _engine_place(engine: Any, capacity: Capacity) -> str:
+def _place(model: Teacher | Student, capacity: Capacity) -> str:
+    """Where a model answers."""
+    endpoint = model.endpoint if isinstance(model, Teacher) else None
+    if endpoint is not None:
+        return f"{endpoint.url}, {endpoint.in_flight} requests at once"
+    engine = model.engine
     most = engine.max_replicas or engine.replicas
     count = str(engine.replicas) if most == engine.replicas else f"{engine.replicas}-{most}"
     gpus = capacity.gpus_of(engine)
-    return f"{count} x vLLM, " + (f"{gpus} GPU each" if gpus else f"{engine.cpus:g} CPU each")
+    return f"{count} x vLLM, " + (f"{gpus:g} GPU each" if gpus else f"{engine.cpus:g} CPU each")
 
 
 def _pairing_item(study: Study, store: Store, name: str) -> Item:
@@ -88,10 +94,11 @@ def evaluation_items(study: Study, store: Store, capacity: Capacity) -> list[Ite
             names[run.name] = [*evaluation.tasks, *evaluation.selection]
     items = []
     for name, tasks in names.items():
-        engine = study.teachers[name].engine if name in study.teachers else student.engine if student else None
+        model = study.teachers.get(name) or student
+        assert model is not None
         total = None if any(sizes[task] is None for task in tasks) else sum(sizes[task] or 0 for task in tasks)
-        done = sum(store.count_rows(Store.evaluation_responses(name, task)) for task in tasks)
-        items.append(Item("evaluate", name, "answers", total, done, _engine_place(engine, capacity)))
+        done = sum(rows_done(store, Store.evaluation_responses(name, task)) for task in tasks)
+        items.append(Item("evaluate", name, "answers", total, done, _place(model, capacity)))
     return items
 
 
@@ -99,7 +106,7 @@ def _task_rows(store: Store, task: str, samples: int) -> int | None:
     folder = Store.evaluation_prompts(task)
     if not store.committed(folder):
         return None
-    return len(store.read_tables(folder, PROMPTS, ["prompt_id"])) * samples
+    return store.count_rows(folder) * samples
 
 
 def stages_of(items: list[Item]) -> dict[str, list[Item]]:

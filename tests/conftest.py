@@ -86,9 +86,9 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> StudyRun:
     def there_are(files: int, pattern: str) -> Callable[[], bool]:
         return lambda: len(list(out.glob(pattern))) >= files
 
-    students = "students/[a-z]*/config.json"
+    units, students = ".deltaray/units/**/*.parquet", "students/[a-z]*/config.json"
     interrupted = (
-        deltaray("generate", recipe, *arguments, until=there_are(1, "responses/*/*.parquet"), kill=signal.SIGINT),
+        deltaray("generate", recipe, *arguments, until=there_are(1, units), kill=signal.SIGINT),
         deltaray("run", recipe, *arguments, until=there_are(1, students), kill=signal.SIGINT),
     )
     killed = deltaray("train", recipe, *arguments, until=there_are(2, students), kill=signal.SIGKILL)

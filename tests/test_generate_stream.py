@@ -5,92 +5,82 @@ import importlib.util
 import json
 import os
 import pickle
+import re
 import sys
 import time
+import urllib.request
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import character_model
 import psutil
 import pytest
+from character_model import CHARACTERS, EOS, THINK, decode, encode, greedy_answers, make_adapter, make_model
 
 from deltaray.generate import stream
-from deltaray.generate.engine import check_same_model, request_seed
-from deltaray.generate.spec import EngineSpec
+from deltaray.generate.metrics import METRICS
+from deltaray.generate.spec import EngineSpec, lora_rank
 
 ray = pytest.importorskip("ray")
 if importlib.util.find_spec("vllm") is None:
     pytest.skip("needs vllm", allow_module_level=True)
-ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # Ray's workers cannot import a test module
+for module in (sys.modules[__name__], character_model):  # Ray's workers cannot import a test's modules
+    ray.cloudpickle.register_pickle_by_value(module)
 
-CHARACTERS = "abcdefghijklmnopqrstuvwxyz 0123456789+=."
-BOS, EOS, FIRST = 1, 2, 3
 LONGEST = 64  # max_model_len of the engines
 PROMPTS = [f"{word} {n}+{n * 3}=" for n, word in enumerate(["add", "give the sum of", "what is", "and", "so", "now"])]
 GREEDY = {"temperature": 0.0, "max_tokens": 12}
 SAMPLED = {"temperature": 1.0, "max_tokens": 24, "seed": 7}
-
-
-def encode(text: str) -> list[int]:
-    return [BOS] + [FIRST + CHARACTERS.index(letter) for letter in text]
-
-
-def make_model(path: Path, seed: int) -> str:
-    """A random Llama with one token per character, made so that its greedy answers are unambiguous.
-
-    Its output layer is tied to its embedding: the one kind of model that vLLM's weight reload gets wrong on CPU.
-    """
-    import torch
-    from tokenizers import Tokenizer, decoders, models
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    vocabulary = {token: n for n, token in enumerate(["<pad>", "<bos>", "<eos>", *CHARACTERS])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.decoder = decoders.Fuse()
-    special = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(path)
-    torch.manual_seed(seed)
-    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = LlamaConfig(vocab_size=len(vocabulary), head_dim=32, max_position_embeddings=256, **shape)
-    config.update({"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": 0})
-    config.update({"initializer_range": 0.3, "tie_word_embeddings": True})
-    LlamaForCausalLM(config).float().save_pretrained(path)
-    return str(path)
+THINKING = SAMPLED | {"allowed_token_ids": [EOS, *encode("abc ")[1:], THINK + 1]}  # it often ends to think
 
 
 def load(log: Path, unit: dict[str, Any]) -> dict[str, Any]:
-    """Adds token ids; leaves a mark for every call."""
+    """Adds what the engine needs, and refuses empty prompts; leaves a mark for every call."""
     (log / f"{unit['unit_id']}.{os.getpid()}.{time.time_ns()}").touch()
-    return unit | {"token_ids": [encode(prompt) for prompt in unit["prompt_ids"]]}
+    texts = unit["texts"]
+    return unit | {
+        "prompt_ids": texts,
+        "messages": [[{"role": "user", "content": text}] for text in texts],
+        "token_ids": [encode(text) for text in texts],
+        "refused": [None if text else "nothing in it" for text in texts],
+    }
 
 
 def write(folder: Path, unit: dict[str, Any]) -> dict[str, Any]:
-    """The whole unit as one file, by rename; says which process wrote it and how much it was."""
+    """The whole unit as one file, by rename; says how much it was."""
     path = folder / unit["destination"]
     temporary = path.with_suffix(f".{os.getpid()}")
     temporary.write_bytes(pickle.dumps(unit))
     temporary.replace(path)
-    tokens = sum(len(output["token_ids"]) for outputs in unit["outputs"] for output in outputs)
+    tokens = sum(output["tokens"] for outputs in unit["outputs"] for output in outputs)
     return {"unit_id": unit["unit_id"], "tokens": tokens}
 
 
-def unit_of(name: str, model: str, settings: dict[str, Any], prompts: list[str], samples: int = 1) -> dict[str, Any]:
+def unit_of(name: str, model: str, settings: dict[str, Any], prompts: list[str], **more: Any) -> dict[str, Any]:
     """A unit whose prompts are their own ids."""
-    return {
-        "unit_id": name,
-        "model": model,
-        "prompt_ids": prompts,
-        "samples": samples,
-        "sampling": json.dumps(settings),
-        "destination": f"{name}.unit",
-    }
+    unit = {"unit_id": name, "name": f"teacher-{name}", "model": model, "texts": prompts, "samples": [0]}
+    fields = {"rows": list(range(len(prompts))), "sampling": json.dumps(settings), "destination": f"{name}.unit"}
+    return {"adapter": None, "reasoning": None} | unit | fields | more
+
+
+@dataclasses.dataclass
+class Models:
+    """Folders: two models and two adapters of the first."""
+
+    a: str
+    b: str
+    first: str
+    second: str
 
 
 @pytest.fixture(scope="module")
-def two_models(tmp_path_factory):
+def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
-    return make_model(folder / "a", 1), make_model(folder / "b", 2)
+    a, b = make_model(folder / "a", 1), make_model(folder / "b", 2)
+    return Models(a, b, make_adapter(folder / "first", a, 1, 4), make_adapter(folder / "second", a, 2, 12))
 
 
 @dataclasses.dataclass
@@ -104,29 +94,37 @@ class Run:
     def ids(self, name: str) -> list[list[list[int]]]:
         return [[output["token_ids"] for output in outputs] for outputs in self.units[name]["outputs"]]
 
+    def one(self, name: str) -> list[list[int]]:
+        return [ids for [ids] in self.ids(name)]
+
 
 @pytest.fixture(scope="module")
-def run(ray_session, two_models, tmp_path_factory):
-    """Two streams in two threads. `fresh` starts with a and runs only a; `swap` starts with b, runs a, then b again
-    (units are sorted by model), so each of its answers comes after a swap."""
-    a, b = two_models
+def run(ray_session, models, tmp_path_factory):
+    """Two streams in two threads. `fresh` runs only a, with and without adapters; `swap` starts with b, runs a, then
+    b again (units are sorted by model), so each of its answers comes after a swap."""
+    a, b = models.a, models.b
     log, out = tmp_path_factory.mktemp("log"), tmp_path_factory.mktemp("out")
+    plain = EngineSpec(a, dtype="float32", max_model_len=LONGEST, gpus=0, cpus=1)
+    rank = max(map(lora_rank, (models.first, models.second)))
     specs = {
-        name: EngineSpec(model, dtype="float32", max_model_len=LONGEST, gpus=0, cpus=1)
-        for name, model in (("fresh", a), ("swap", b))
+        "fresh": dataclasses.replace(plain, adapters=2, max_lora_rank=rank),
+        "swap": dataclasses.replace(plain, model=b),
     }
     units = {
         "fresh": [
             unit_of("greedy-a", a, GREEDY, PROMPTS),
-            unit_of("sampled-1", a, SAMPLED, PROMPTS, samples=3),
-            unit_of("too-long", a, GREEDY, [PROMPTS[0], "x" * LONGEST, PROMPTS[1]]),
+            unit_of("first", a, GREEDY, PROMPTS, adapter=models.first),
+            unit_of("second", a, GREEDY, PROMPTS, adapter=models.second),
+            unit_of("sampled-1", a, SAMPLED, PROMPTS, samples=[0, 1, 2]),
+            unit_of("bad-rows", a, GREEDY, [PROMPTS[0], "x" * LONGEST, "", PROMPTS[1]]),
             unit_of("stop", a, GREEDY | {"stop": list(CHARACTERS[:20])}, PROMPTS),
             *[unit_of(f"many-{n}", a, SAMPLED, [f"{n}+{m}=" for m in range(20)]) for n in range(10)],
         ],
         "swap": [
             unit_of("swapped-b", b, GREEDY, PROMPTS),
             unit_of("swapped-a", a, GREEDY, PROMPTS),
-            unit_of("sampled-2", a, SAMPLED, PROMPTS[::-1], samples=3),
+            unit_of("sampled-2", a, SAMPLED, PROMPTS[::-1], samples=[1, 2]),
+            unit_of("thinking", b, THINKING, PROMPTS, samples=list(range(8)), reasoning="deepseek_r1"),
         ],
     }
 
@@ -140,17 +138,13 @@ def run(ray_session, two_models, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def transformers_greedy(two_models):
-    """The greedy answers of both models by transformers, end token included."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    answers = {}
-    for name, path in zip("ab", two_models, strict=True):
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-        settings = {"max_new_tokens": GREEDY["max_tokens"], "do_sample": False}
-        prompts = [torch.tensor([encode(prompt)]) for prompt in PROMPTS]
-        answers[name] = [[model.generate(ids, **settings)[0, ids.shape[1] :].tolist()] for ids in prompts]
+def expected(models):
+    """The greedy answers of transformers: of both models and of a with each adapter."""
+    which = {"a": (models.a, None), "b": (models.b, None)}
+    which |= {name: (models.a, getattr(models, name)) for name in ("first", "second")}
+    tokens = GREEDY["max_tokens"]
+    answers = {name: greedy_answers(model, PROMPTS, tokens, adapter) for name, (model, adapter) in which.items()}
+    assert len({json.dumps(answer) for answer in answers.values()}) == 4
     return answers
 
 
@@ -165,17 +159,22 @@ def test_a_unit_comes_back_whole(run):
     assert unit["prompt_ids"] == PROMPTS and unit["token_ids"] == [encode(prompt) for prompt in PROMPTS]
     assert [len(outputs) for outputs in unit["outputs"]] == [3] * len(PROMPTS)
     for output in (output for outputs in unit["outputs"] for output in outputs):
-        spoken = [token for token in output["token_ids"] if token >= FIRST]
-        assert output["text"] == "".join(CHARACTERS[token - FIRST] for token in spoken)
+        assert output["text"] == decode(output["token_ids"])
+        assert (output["tokens"], output["reasoning"]) == (len(output["token_ids"]), None)
 
 
-def test_greedy_answers_are_those_of_transformers(run, transformers_greedy):
-    assert run.ids("greedy-a") == transformers_greedy["a"]
+def test_greedy_answers_are_those_of_transformers(run, expected):
+    assert run.one("greedy-a") == expected["a"]
 
 
-def test_swapped_weights_answer_like_a_fresh_engine_and_swap_back_exactly(run, transformers_greedy):
-    assert run.ids("swapped-a") == run.ids("greedy-a")
-    assert run.ids("swapped-b") == transformers_greedy["b"] != transformers_greedy["a"]
+def test_swapped_weights_answer_like_a_fresh_engine_and_swap_back_exactly(run, expected):
+    assert run.one("swapped-a") == run.one("greedy-a")
+    assert run.one("swapped-b") == expected["b"]
+
+
+@pytest.mark.parametrize("adapter", ["first", "second"])
+def test_adapters_answer_like_peft_beside_each_other_and_their_base(run, expected, adapter):
+    assert run.one(adapter) == expected[adapter]
 
 
 def test_finish_reasons(run):
@@ -183,23 +182,73 @@ def test_finish_reasons(run):
         for output in outputs:
             ended = output["token_ids"][-1] == EOS
             assert output["finish_reason"] == ("stop" if ended else "length")
-            assert ended or len(output["token_ids"]) == SAMPLED["max_tokens"]
+            assert ended or output["tokens"] == SAMPLED["max_tokens"]
     reasons = [outputs[0]["finish_reason"] for outputs in run.units["stop"]["outputs"]]
     assert "stop" in reasons  # at a stop string
 
 
-def test_a_prompt_that_is_too_long_is_an_error_of_its_own_row_only(run):
-    first, refused, last = (outputs[0] for outputs in run.units["too-long"]["outputs"])
-    assert refused["finish_reason"] == "error" and str(LONGEST) in refused["error"]
-    assert (refused["token_ids"], refused["text"]) == ([], "")
-    assert [[first["token_ids"]], [last["token_ids"]]] == run.ids("greedy-a")[:2]
+def test_a_bad_prompt_is_an_error_of_its_own_row_only(run):
+    first, long, refused, last = (outputs[0] for outputs in run.units["bad-rows"]["outputs"])
+    assert str(LONGEST) in long["error"] and "nothing in it" in refused["error"]
+    for output in (long, refused):
+        assert (output["finish_reason"], output["token_ids"], output["text"]) == ("error", [], "")
+    assert [first["token_ids"], last["token_ids"]] == run.one("greedy-a")[:2]
     assert first["error"] is None
 
 
-def test_sampling_repeats_in_another_engine_and_differs_between_samples(run):
+def test_sampling_repeats_sample_by_sample_in_another_engine(run):
     again = dict(zip(run.units["sampled-2"]["prompt_ids"], run.ids("sampled-2"), strict=True))
-    assert [again[prompt] for prompt in PROMPTS] == run.ids("sampled-1")
+    assert [again[prompt] for prompt in PROMPTS] == [samples[1:] for samples in run.ids("sampled-1")]
     assert all(len({tuple(ids) for ids in samples}) == 3 for samples in run.ids("sampled-1"))
+
+
+def test_reasoning_is_kept_apart_from_the_answer(run):
+    outputs = [output for outputs in run.units["thinking"]["outputs"] for output in outputs]
+    finished = 0
+    for output in outputs:
+        reasoning, mark, answer = decode(output["token_ids"]).partition("</think>")
+        finished += bool(mark)
+        if reasoning.strip():
+            answer = answer.lstrip()
+        assert (output["text"], output["reasoning"]) == (answer, reasoning.strip() or None)
+    assert 0 < finished < len(outputs)  # both kinds did occur
+
+
+def test_what_the_engines_did_stands_on_rays_metrics_page(run, ray_session):
+    answers = {
+        (unit["name"], reason): count
+        for unit in run.units.values()
+        for reason, count in Counter(
+            output["finish_reason"] for outputs in unit["outputs"] for output in outputs if not _refused(output)
+        ).items()
+    }
+    deadline = time.monotonic() + 60
+    while (page := metrics_page(ray_session)) and time.monotonic() < deadline:
+        if seen(page) == answers:
+            break
+        time.sleep(1)
+    assert seen(page) == answers
+    never = {"deltaray_preemptions", "deltaray_prefix_cache_hits"}  # the cache holds whole blocks only
+    assert {name for name in METRICS if name in page} == METRICS.keys() - never
+    tokens = sum(map(float, re.findall(r"^ray_deltaray_generation_tokens_total\{.*\} (\S+)$", page, re.M)))
+    assert tokens == sum(summary["tokens"] for part in run.summaries.values() for summary in part)
+
+
+def _refused(output: dict[str, Any]) -> bool:
+    return (output["error"] or "").startswith("prompt refused")
+
+
+def metrics_page(ray_session: Any) -> str:
+    node = ray_session.nodes()[0]
+    address = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    with urllib.request.urlopen(address, timeout=10) as response:
+        return str(response.read().decode())
+
+
+def seen(page: str) -> dict[tuple[str, str], int]:
+    """Answers by teacher and reason, as Prometheus would read them; only those of this module's run."""
+    found = re.findall(r'^ray_deltaray_answers_total\{.*name="(teacher-[^"]*)".*reason="(\w+)".*\} (\S+)$', page, re.M)
+    return {(name, reason): int(float(count)) for name, reason, count in found}
 
 
 def test_no_engine_outlives_its_stream(run):
@@ -218,48 +267,13 @@ def test_no_engine_outlives_its_stream(run):
     assert engines() == []
 
 
-def test_seeds_differ_by_answer_and_never_by_run():
-    assert request_seed(0, "p", 0) == request_seed(0, "p", 0) == 3313353247608816784
-    assert len({request_seed(*key) for key in [(0, "p", 0), (1, "p", 0), (0, "q", 0), (0, "p", 1)]}) == 4
-
-
-def test_weights_of_another_shape_are_refused(two_models, tmp_path):
-    a, b = two_models
-    other = json.loads(Path(b, "config.json").read_text()) | {"num_hidden_layers": 3}
-    (tmp_path / "config.json").write_text(json.dumps(other))
-    check_same_model(EngineSpec(a), b)
-    with pytest.raises(ValueError, match="num_hidden_layers"):
-        check_same_model(EngineSpec(a), str(tmp_path))
-
-
-@pytest.mark.parametrize(
-    ("changes", "expected"),
-    [
-        ({}, {"distributed_executor_backend": "uni"}),
-        ({"gpus": 0.5}, {"gpu_memory_utilization": 0.45}),
-        ({"gpus": 0.5, "engine_kwargs": {"gpu_memory_utilization": 0.3}}, {"gpu_memory_utilization": 0.3}),
-        ({"gpus": 4, "tensor_parallel": 4}, {"distributed_executor_backend": "mp", "tensor_parallel_size": 4}),
-        ({"gpus": 0}, {"enforce_eager": True}),
-    ],
-)
-def test_engine_arguments(changes, expected):
-    arguments = dataclasses.replace(EngineSpec("some/model"), **changes).arguments
-    assert {key: arguments[key] for key in expected} == expected
-
-
-def test_an_engine_over_several_nodes_leaves_its_gpus_to_vllm():
-    kwargs = {"distributed_executor_backend": "ray"}
-    spec = EngineSpec("some/model", gpus=16, tensor_parallel=8, pipeline_parallel=2, engine_kwargs=kwargs)
-    assert stream._resources(spec)["num_gpus"] == 0
-    assert spec.environment["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
-
-
-def test_an_engine_gets_enough_units_to_stay_busy_but_not_all():
+def test_a_replica_gets_enough_units_to_stay_busy_but_not_all():
     units = [unit_of(str(n), "m", {}, [str(m) for m in range(100)]) for n in range(40)]
     spec = EngineSpec("m", engine_kwargs={"max_num_seqs": 256})
-    assert stream._in_flight(units, spec, replicas=1) == 6
-    assert stream._in_flight(units, spec, replicas=10) == 4
-    assert stream._in_flight(units[:1], spec, replicas=1) == 1
+    assert stream.in_flight_of(units, spec, None) == 6
+    assert stream.in_flight_of(units, dataclasses.replace(spec, max_replicas=10), None) == 4
+    assert stream.in_flight_of(units[:1], spec, None) == 1
+    assert stream.in_flight_of(units, spec, 3) == 3
 
 
 def test_no_units_no_engine():

@@ -26,6 +26,7 @@ def responses(teacher: str, texts: dict[str, str], score: float | None = None, s
                 "teacher": teacher,
                 "text": f"{text}{n or ''}",
                 "finish_reason": "stop",
+                "error": None,
                 "score": score,
             }
             for i, text in texts.items()
@@ -38,6 +39,7 @@ def responses(teacher: str, texts: dict[str, str], score: float | None = None, s
                 ("teacher", pa.string()),
                 ("text", pa.string()),
                 ("finish_reason", pa.string()),
+                ("error", pa.string()),
                 ("score", pa.float64()),
             ]
         ),
@@ -48,7 +50,7 @@ def candidate(**changes: Any) -> dict[str, Any]:
     base = {
         "prompt_id": "a", "chosen_sample": 0, "chosen": [{"content": "x"}], "rejected": [{"content": "y"}],
         "chosen_score": 1.0, "rejected_score": 0.0, "delta": 1.0, "chosen_finish": "stop", "rejected_finish": "stop",
-        "chosen_tokens": 5, "rejected_tokens": 9, "prompt_tokens": 10,
+        "chosen_tokens": 5, "rejected_tokens": 9, "prompt_tokens": 10, "chosen_error": None, "rejected_error": None,
     }  # fmt: skip
     return base | changes
 
@@ -61,7 +63,7 @@ def passes(pairing: Pairing, pair: dict[str, Any], max_length: int = 100) -> str
 def test_the_join_keeps_the_order_of_prompts_whatever_the_order_of_responses() -> None:
     chosen = responses("weak", {"c": "C", "a": "A", "b": "B"}, 1.0)
     rejected = responses("weaker", {"b": "b", "a": "a"}, 0.0)
-    pairs = join_responses(prompts("abcd"), chosen, rejected)
+    [pairs] = join_responses(prompts("abcd"), chosen, rejected)
     assert [(pair["prompt_id"], pair["chosen"][0]["content"], pair["rejected"][0]["content"]) for pair in pairs] == [
         ("a", "A", "a"),
         ("b", "B", "b"),
@@ -71,14 +73,14 @@ def test_the_join_keeps_the_order_of_prompts_whatever_the_order_of_responses() -
 
 def test_swapping_the_teachers_swaps_the_pair_and_the_sign_of_its_delta() -> None:
     one, other = responses("weak", {"a": "A"}, 0.9), responses("weaker", {"a": "a"}, 0.4)
-    [there], [back] = join_responses(prompts("a"), one, other), join_responses(prompts("a"), other, one)
+    [[there]], [[back]] = join_responses(prompts("a"), one, other), join_responses(prompts("a"), other, one)
     assert there["chosen"] == back["rejected"] and there["rejected"] == back["chosen"]
     assert there["delta"] == -back["delta"] == pytest.approx(0.5)
 
 
 def test_samples_are_paired_index_by_index() -> None:
     one, other = responses("weak", {"a": "A"}, samples=3), responses("weaker", {"a": "a"}, samples=2)
-    pairs = join_responses(prompts("a"), one, other)
+    [pairs] = join_responses(prompts("a"), one, other)
     assert [(pair["chosen_sample"], pair["rejected_sample"]) for pair in pairs] == [(0, 0), (1, 1)]
     assert pairs[0]["delta"] is None  # unscored
 
@@ -91,7 +93,9 @@ def test_samples_are_paired_index_by_index() -> None:
         ({"drop_identical": False}, {"chosen": [{"content": "y"}]}, ""),
         ({}, {"rejected_finish": "length"}, "truncated"),
         ({"drop_truncated": False}, {"rejected_finish": "length"}, ""),
-        ({"drop_truncated": False}, {"chosen_finish": "error"}, "generation error"),
+        ({}, {"chosen_error": "engine error: out of memory", "chosen_finish": "error"}, "engine error"),
+        ({}, {"rejected_error": "prompt refused: invalid UTF-8 at byte 3"}, "prompt refused"),
+        ({}, {"rejected_error": "empty answer"}, "empty answer"),
         ({}, {"prompt_tokens": 98}, "prompt too long for the student"),
         ({}, {"prompt_tokens": 97}, ""),
         ({"keep": "chosen_wrong"}, {}, "chosen not wrong"),

@@ -52,6 +52,7 @@ def answer(store: Store, shard_size: int, prompts: int = PROMPTS) -> None:
             "messages": [{"role": "user", "content": f"{n}+{n}="}],
             "answer": str(2 * n),
             "source": None,
+            "error": None,
         }
         for n in range(prompts)
     ]
@@ -66,7 +67,8 @@ def answer(store: Store, shard_size: int, prompts: int = PROMPTS) -> None:
                 [
                     {
                         "prompt_id": f"p{n:03d}", "sample": 0, "teacher": teacher, "text": text,
-                        "prompt_token_ids": [1], "token_ids": [1], "tokens": 1, "finish_reason": "stop", "error": None,
+                        "prompt_token_ids": [1], "token_ids": [1], "tokens": 1, "finish_reason": "stop",
+                        "error": None, "reasoning": None,
                     }
                     for n, text in texts.items()
                 ],

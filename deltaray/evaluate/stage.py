@@ -3,19 +3,22 @@
 Models of one architecture share one vLLM engine, whose weights are swapped between their units.
 """
 
-from typing import Any
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import pyarrow as pa
 
 from deltaray.contracts import EVALUATIONS
 from deltaray.evaluate.results import evaluation_of, summarise
 from deltaray.evaluate.select import choose_candidates
-from deltaray.generate.pools import OnRows, run_pools
-from deltaray.generate.share import shared_pools
-from deltaray.generate.units import Unit, missing_units
-from deltaray.prompts import read_prompts, store_prompts
-from deltaray.recipe.models import Engine, Model, Task
+from deltaray.generate.answer import Work, answer, work_of
+from deltaray.generate.identity import generation_identity, identity_digest
+from deltaray.generate.pools import OnRows
+from deltaray.generate.units import Unit
+from deltaray.prompts import check_source, store_source
+from deltaray.recipe.models import Failures, Model, Student, Task, Teacher
 from deltaray.recipe.study import Study
+from deltaray.runtime.preflight import task_sources
 from deltaray.runtime.session import Capacity
 from deltaray.score.scorers import SCORERS
 from deltaray.store import Store
@@ -23,9 +26,10 @@ from deltaray.store import Store
 
 def store_task_prompts(study: Study, store: Store) -> None:
     """Brings the tasks' prompts into the store."""
-    for name, task in all_tasks(study).items():
-        rows = read_prompts(task.path, f"evaluation.tasks.{name}.path", task.limit)
-        store_prompts(store, rows, study.recipe.shard_size, Store.evaluation_prompts(name))
+    recipe = study.recipe
+    for name, source in task_sources(study).items():
+        check_source(store, source, Store.evaluation_prompts(name))
+        store_source(store, source, recipe.shard_size, recipe.unit_size, Store.evaluation_prompts(name))
 
 
 def all_tasks(study: Study) -> dict[str, Task]:
@@ -33,47 +37,56 @@ def all_tasks(study: Study) -> dict[str, Task]:
     return {**evaluation.tasks, **evaluation.selection} if evaluation else {}
 
 
-def models_to_evaluate(study: Study, store: Store) -> dict[str, tuple[Model, Engine, list[str]]]:
-    """Name -> (model, engine, tasks) of every model that exists by now, the candidates of grids included."""
+def models_to_evaluate(study: Study, store: Store) -> dict[str, tuple[Teacher, list[str]]]:
+    """Name -> (model, tasks) of every model that exists by now, the candidates of grids included."""
     evaluation, student = study.recipe.evaluation, study.recipe.student
     assert evaluation is not None
-    found: dict[str, tuple[Model, Engine, list[str]]] = {}
+    found: dict[str, tuple[Teacher, list[str]]] = {}
     for evaluated in study.evaluated.values():
         if evaluated.role == "untouched":
             untouched = study.students[evaluated.name]
-            found[evaluated.name] = (untouched, untouched.engine, list(evaluation.tasks))
+            found[evaluated.name] = (_answering(untouched), list(evaluation.tasks))
         elif evaluated.role == "teacher":
-            teacher = study.teachers[evaluated.name]
-            found[evaluated.name] = (teacher, teacher.engine, list(evaluation.tasks))
+            found[evaluated.name] = (study.teachers[evaluated.name], list(evaluation.tasks))
     for run in study.runs.values():
         if student and store.has_student(run.name):
             tasks = [*evaluation.tasks, *(evaluation.selection if run.candidate_of else {})]
-            trained = Model(model=store.local_folder(Store.student(run.name)))
-            found[run.name] = (trained, student.engine, tasks)
+            trained = {"model": store.local_folder(Store.student(run.name)), "revision": None, "chat_template": None}
+            found[run.name] = (_answering(student.model_copy(update=trained)), tasks)
     return found
 
 
-def evaluation_work(study: Study, store: Store) -> list[tuple[Model, Engine, list[Unit]]]:
-    """What every model still has to answer."""
-    tasks, work = all_tasks(study), []
-    for name, (model, engine, names) in models_to_evaluate(study, store).items():
-        units = [unit for task in names for unit in _task_units(store, name, model, task, tasks[task])]
-        if units:
-            work.append((model, engine, units))
-    return work
+def _answering(student: Student) -> Teacher:
+    """A student in the role of one who answers."""
+    return Teacher(**student.model_dump(include=set(Model.model_fields)), engine=student.engine)
 
 
-def _task_units(store: Store, name: str, model: Model, task: str, spec: Task) -> list[Unit]:
+def evaluation_work(study: Study, store: Store) -> list[Work]:
+    """What every model still has to answer in each of its tasks."""
+    tasks = all_tasks(study)
+    return [
+        _task_work(study, store, name, model, task, tasks[task])
+        for name, (model, names) in models_to_evaluate(study, store).items()
+        for task in names
+    ]
+
+
+def _task_work(study: Study, store: Store, name: str, model: Teacher, task: str, spec: Task) -> Work:
     destination, prompts = Store.evaluation_responses(name, task), Store.evaluation_prompts(task)
-    return missing_units(store, prompts, destination, model, spec.sampling, name=name, metric=spec.metric)
+    asked = model.model_copy(update={"sampling": spec.sampling})
+    identity = identity_digest(generation_identity(asked))
+    return work_of(store, prompts, destination, name, asked, identity, study.recipe.unit_size)
 
 
-def evaluate(study: Study, store: Store, capacity: Capacity, on_rows: OnRows) -> dict[str, Any]:
-    """Completes all evaluations; returns the summary."""
-    store_task_prompts(study, store)
-    pools = shared_pools(evaluation_work(study, store), capacity)
-    run_pools(store, pools, capacity, write_evaluation, on_rows)
-    return conclude(study, store)
+def evaluate(
+    study: Study, store: Store, works: list[Work], capacity: Capacity, on_rows: OnRows, say: Callable[[str], None]
+) -> None:
+    """Completes all evaluations (`evaluation_work`) and concludes them."""
+    metrics = {name: task.metric for name, task in all_tasks(study).items()}
+    make_table = partial(evaluation_table, metrics)
+    # a student that has unlearnt to speak is a result, not a failure
+    answer(store, works, capacity, make_table, EVALUATIONS, Failures(max_share=1), on_rows, say)
+    conclude(study, store)
 
 
 def is_concluded(study: Study, store: Store) -> bool:
@@ -85,7 +98,7 @@ def is_concluded(study: Study, store: Store) -> bool:
     return covered and summary["claims"] == study.recipe.evaluation.claims
 
 
-def conclude(study: Study, store: Store) -> dict[str, Any]:
+def conclude(study: Study, store: Store) -> None:
     """Writes every model's evaluation, the grids' winners and the summary from the stored answers."""
     evaluation = study.recipe.evaluation
     assert evaluation is not None
@@ -94,12 +107,15 @@ def conclude(study: Study, store: Store) -> dict[str, Any]:
     choose_candidates(study, store)
     summary = summarise(study, store)
     store.write_json("evaluation/summary.json", summary)
-    return summary
 
 
-def write_evaluation(store: Store, unit: Unit) -> dict[str, Any]:
-    """Scores and commits a unit's answers as one file."""
-    function = SCORERS[unit["metric"]]
+def evaluation_table(metrics: Mapping[str, str], unit: Unit) -> pa.Table:
+    """The scored rows of an answered unit. Pure.
+
+    Args:
+        metrics: the metric of each task, by name.
+    """
+    function = SCORERS[metrics[unit["destination"].rpartition("task=")[2]]]
     rows = [
         {
             "prompt_id": prompt_id,
@@ -110,8 +126,6 @@ def write_evaluation(store: Store, unit: Unit) -> dict[str, Any]:
             "score": function(output["text"], answer),
         }
         for prompt_id, answer, outputs in zip(unit["prompt_ids"], unit["answers"], unit["outputs"], strict=True)
-        for sample, output in enumerate(outputs)
+        for sample, output in zip(unit["samples"], outputs, strict=True)
     ]
-    store.write_table(unit["destination"], pa.Table.from_pylist(rows, schema=EVALUATIONS), EVALUATIONS)
-    tokens = sum(len(output["token_ids"]) for outputs in unit["outputs"] for output in outputs)
-    return {"name": unit["name"], "rows": len(rows), "tokens": tokens}
+    return pa.Table.from_pylist(rows, schema=EVALUATIONS)

@@ -1,6 +1,6 @@
 """vLLM behind one small door: a unit of prompts in, token ids, texts and finish reasons out.
 
-This is the only file that imports vllm, and only once an engine is made, so the driver needs no vllm.
+vllm is imported only once an engine is made, so the driver needs none.
 
 One mechanism everywhere: vLLM's `LLMEngine`, stepped by a thread of ours (what vLLM's offline `LLM` does), so that
 several units share one running batch. What differs is where its core lives, and one variable decides that:
@@ -14,33 +14,24 @@ import asyncio
 import collections
 import dataclasses
 import functools
-import hashlib
 import itertools
-import json
 import logging
 import os
 import queue
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import Future
 from typing import Any
 
-from deltaray.generate.spec import COSMETIC, EngineSpec
+from deltaray.generate.metrics import EngineMetrics
+from deltaray.generate.reasoning import Splitter
+from deltaray.generate.requests import Output, failed, output_of, sampling_parameters
+from deltaray.generate.spec import EngineSpec
+from deltaray.generate.weights import Adapters, check_same_model, load_weights
 
 log = logging.getLogger(__name__)
 
-Output = dict[str, Any]
-"""One answer: `token_ids` (list of int, the end token included), `text` (without special tokens),
-`finish_reason` (stop | length | error) and `error` (the engine's words, or None)."""
-
 CLOSE_SECONDS = 30.0  # how long a closing engine may take to end its child processes
-
-
-def request_seed(base: int, prompt_id: str, sample: int) -> int:
-    """The seed of one answer: the same in every run, process and place, different for every answer."""
-    key = json.dumps([base, prompt_id, sample]).encode()
-    digest = hashlib.blake2b(key, digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1  # vLLM wants a signed 64 bit number
 
 
 @dataclasses.dataclass
@@ -50,7 +41,9 @@ class _Job:
     unit: Mapping[str, Any]
     done: "Future[list[list[Output]]]"
     outputs: list[list[Output]]
-    missing: int
+    missing: int = 0
+    adapter: Any = None  # vLLM's LoRARequest
+    splitter: Splitter | None = None
 
 
 class Engine:
@@ -70,14 +63,15 @@ class Engine:
         ready.result()
 
     async def generate(self, unit: Mapping[str, Any]) -> list[list[Output]]:
-        """The answers of a unit, one list per prompt with one `Output` per sample.
+        """The answers of a unit, one list per prompt with one `Output` per entry of the unit's `samples`.
 
-        The unit's `model` names the weights to use. Raises ValueError for a sampling setting that vLLM does not
-        know and for weights that do not fit the engine.
+        `model` names the weights to use, `adapter` a LoRA adapter on top of them, `reasoning` vLLM's parser that
+        tells the reasoning from the answer. Raises ValueError for a sampling setting or a parser that vLLM does not
+        know and for weights or an adapter that do not fit the engine.
         """
         if len(unit["prompt_ids"]) != len(unit["token_ids"]):
             raise ValueError(f"unit {unit['unit_id']}: prompt_ids and token_ids differ in length")
-        job = _Job(unit, Future(), [[{}] * unit["samples"] for _ in unit["token_ids"]], 0)
+        job = _Job(unit, Future(), [[{} for _ in unit["samples"]] for _ in unit["token_ids"]])
         job.done.set_running_or_notify_cancel()  # from here on nobody can cancel it under the engine's feet
         self._inbox.put(job)
         return await asyncio.wrap_future(job.done)
@@ -99,11 +93,15 @@ class _Stepper:
 
         # LLM_CLASS: vLLM's larger batch defaults for offline work.
         self.engine = LLMEngine.from_engine_args(EngineArgs(**spec.arguments), UsageContext.LLM_CLASS)
+        self.metrics = EngineMetrics(spec.model)
+        self.metrics.attach(self.engine)
+        self.adapters = Adapters(self.engine)
+        self.splitters: dict[str, Splitter] = {}
         self.spec = spec
         self.inbox = inbox
         self.weights: str | None = spec.model
         self.waiting: collections.deque[_Job] = collections.deque()
-        self.running: dict[str, tuple[_Job, int, int]] = {}  # request id -> its unit, prompt and sample
+        self.running: dict[str, tuple[_Job, int, int]] = {}  # request id -> unit, prompt, place in samples
         self.names = itertools.count()
         self.refusals = (VLLMClientError, ValueError, TypeError)  # raised for requests that vLLM will not take
 
@@ -129,6 +127,8 @@ class _Stepper:
     def take(self) -> bool:
         """Moves new units from the inbox to `waiting`; sleeps while there is nothing to do. False: closed."""
         idle = not (self.waiting or self.running)
+        if idle:
+            self.metrics.rest()
         while True:
             try:
                 job = self.inbox.get(block=idle)
@@ -155,11 +155,7 @@ class _Stepper:
         try:
             check_same_model(self.spec, model)
             self.weights = None  # until they are all in, the engine holds a mixture
-            self.engine.collective_rpc("reload_weights", kwargs={"weights_path": model})
-            if self.spec.gpus == 0:
-                self.engine.collective_rpc(_repack_tied_head)
-            if not self.engine.reset_prefix_cache():  # it holds keys and values of the old weights
-                raise RuntimeError("vLLM would not empty its prefix cache")
+            load_weights(self.engine, self.spec, model)
             self.weights = model
         except EngineDeadError:
             raise
@@ -170,106 +166,56 @@ class _Stepper:
 
     def start(self, job: _Job) -> None:
         """Puts a unit's requests, one per sample, into the engine's queue."""
-        unit, samples = job.unit, job.unit["samples"]
+        unit = job.unit
         try:
-            parameters = sampling_parameters(unit["sampling"], unit["prompt_ids"], samples)
+            parameters = self.prepare(job)
         except self.refusals as error:  # the same for every row, so a mistake in the settings
-            message = f"unit {unit['unit_id']}: sampling {unit['sampling']}: {error}"
-            job.done.set_exception(ValueError(message))
+            job.done.set_exception(ValueError(f"unit {unit['unit_id']}: {error}"))
             return
         job.missing = len(parameters)
-        for place, parameter in enumerate(parameters):
-            prompt, sample = divmod(place, samples)
-            self.request(job, prompt, sample, parameter)
+        for number, parameter in enumerate(parameters):
+            prompt, place = divmod(number, len(unit["samples"]))
+            self.request(job, prompt, place, parameter)
         if not parameters:
-            job.done.set_result([])
+            job.done.set_result(job.outputs)
 
-    def request(self, job: _Job, prompt: int, sample: int, parameters: Any) -> None:
+    def prepare(self, job: _Job) -> list[Any]:
+        """Gets a unit's parser and adapter ready; returns the sampling parameters of all its answers."""
+        unit = job.unit
+        if name := unit.get("reasoning"):
+            if name not in self.splitters:
+                self.splitters[name] = Splitter(name, self.engine.get_tokenizer())
+            job.splitter = self.splitters[name]
+        job.adapter = self.adapters.request(unit.get("adapter"))
+        try:
+            return sampling_parameters(unit["sampling"], unit["prompt_ids"], unit["samples"], bool(name))
+        except self.refusals as error:
+            raise ValueError(f"sampling {unit['sampling']}: {error}") from error
+
+    def request(self, job: _Job, prompt: int, place: int, parameters: Any) -> None:
         """Asks for one answer; a prompt that vLLM refuses (too long, empty, unknown token) is answered at once."""
         name = str(next(self.names))
         ids = [int(token) for token in job.unit["token_ids"][prompt]]
         try:
-            self.engine.add_request(name, {"prompt_token_ids": ids}, parameters)
-            self.running[name] = (job, prompt, sample)
+            self.engine.add_request(name, {"prompt_token_ids": ids}, parameters, lora_request=job.adapter)
+            self.running[name] = (job, prompt, place)
         except self.refusals as error:
-            self.answer(job, prompt, sample, failed(str(error)))
+            self.answer(job, prompt, place, failed(str(error)))
 
     def step(self) -> None:
         """One step of the running batch; with FINAL_ONLY vLLM returns just the requests that ended in it."""
         for result in self.engine.step():
-            job, prompt, sample = self.running.pop(result.request_id)
-            self.answer(job, prompt, sample, output_of(result.outputs[0]))
+            job, prompt, place = self.running.pop(result.request_id)
+            output = output_of(result.outputs[0])
+            if job.splitter:
+                output = job.splitter.divide(output, job.unit["token_ids"][prompt])
+            self.answer(job, prompt, place, output)
 
-    def answer(self, job: _Job, prompt: int, sample: int, output: Output) -> None:
+    def answer(self, job: _Job, prompt: int, place: int, output: Output) -> None:
         """Files one answer and hands the unit back when it was the last."""
-        job.outputs[prompt][sample] = output
+        prompt_tokens = len(job.unit["token_ids"][prompt])
+        self.metrics.answer(job.unit["name"], output["finish_reason"], prompt_tokens, output["tokens"])
+        job.outputs[prompt][place] = output
         job.missing -= 1
         if job.missing == 0:
             job.done.set_result(job.outputs)
-
-
-def _repack_tied_head(worker: Any) -> None:
-    """Mends vLLM 0.32's reload on CPU for models whose output layer shares the embedding's weights.
-
-    Linear layers on CPU multiply with a packed copy of their weights. A tied output layer has no weights of its own
-    in the checkpoint, so the reload does not pack it again, and it would silently go on with the old model's.
-    """
-    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
-
-    for module in worker.model_runner.get_model().modules():
-        if isinstance(module, ParallelLMHead):
-            module.quant_method.process_weights_after_loading(module)
-
-
-def sampling_parameters(settings: str, prompt_ids: Sequence[str], samples: int) -> list[Any]:
-    """vLLM's SamplingParams of every (prompt, sample), samples innermost.
-
-    `settings` is JSON in vLLM's own words. `seed` (default 0) is the base of every answer's own seed; null leaves
-    sampling unseeded: a little faster on GPUs, not repeatable. Greedy decoding needs and gets none.
-    """
-    from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
-
-    fields = json.loads(settings)
-    base = fields.pop("seed", 0)
-    if "n" in fields:
-        raise ValueError("n is the unit's `samples`")
-    make = functools.partial(SamplingParams, **fields, output_kind=RequestOutputKind.FINAL_ONLY)
-    seeded = base is not None and fields.get("temperature", 1.0) > 0
-    return [
-        make(seed=request_seed(base, prompt_id, sample) if seeded else None)
-        for prompt_id in prompt_ids
-        for sample in range(samples)
-    ]
-
-
-def output_of(completion: Any) -> Output:
-    """Ours from vLLM's `CompletionOutput`; a reason that is neither stop nor length is an error."""
-    reason, error = completion.finish_reason, None
-    if reason not in ("stop", "length"):
-        reason, error = "error", f"vLLM ended the request: {reason}"
-    ids = list(completion.token_ids)
-    return {"token_ids": ids, "text": completion.text, "finish_reason": reason, "error": error}
-
-
-def failed(message: str) -> Output:
-    """The answer of a prompt that could not be answered."""
-    return {"token_ids": [], "text": "", "finish_reason": "error", "error": message}
-
-
-def check_same_model(spec: EngineSpec, model: str) -> None:
-    """ValueError unless `model` has the engine's config, so that its weights fit.
-
-    vLLM only warns of weights that it misses, which would leave a mixture of two models.
-    """
-    from transformers import AutoConfig
-
-    if spec.engine_kwargs.get("revision"):
-        raise ValueError(f"{spec.model}: with a pinned revision an engine cannot load other weights and come back")
-    trust = bool(spec.engine_kwargs.get("trust_remote_code"))
-    ours, theirs = (AutoConfig.from_pretrained(name, trust_remote_code=trust).to_dict() for name in (spec.model, model))
-    keys = (ours.keys() | theirs.keys()) - COSMETIC
-    different = sorted(key for key in keys if ours.get(key) != theirs.get(key))
-    if different:
-        what = ", ".join(different)
-        raise ValueError(f"the weights of {model} do not fit an engine of {spec.model}: {what} differ")

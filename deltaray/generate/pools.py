@@ -1,102 +1,150 @@
-"""Pools of vLLM replicas side by side, as far as the cluster has room for them."""
+"""Pools of replicas side by side, as far as the cluster has room for them, and what becomes of their units."""
 
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from deltaray.generate.spec import EngineSpec
-from deltaray.generate.stream import stream_units
+import pyarrow as pa
+
+from deltaray.errors import StageError
+from deltaray.generate.stream import Spec, in_flight_of, stream_units
 from deltaray.generate.units import Unit, load_unit
-from deltaray.recipe.models import Engine, Model
+from deltaray.recipe.models import Failures
 from deltaray.runtime.session import STREAM_CPUS, Capacity
-from deltaray.runtime.threads import side_by_side
+from deltaray.runtime.threads import as_room_allows, startable
 from deltaray.store import Store
 
-WriteUnit = Callable[[Store, Unit], dict[str, Any]]
-"""Commits a unit with its `outputs`; returns at least {name, rows, tokens}."""
+MakeTable = Callable[[Unit], pa.Table]
+"""The rows of a unit with its `outputs`; the table's schema is the destination's."""
 OnRows = Callable[[str, int, int, int], None]
 """Progress: (name, rows done, rows in all, tokens so far)."""
+OnUnit = Callable[[Unit], None]
+"""Told of every unit that is committed."""
+SHOWN_ERRORS = 3
 
 
 @dataclass(frozen=True)
 class Pool:
     """The replicas of one engine and the units they work through; units with one `name` are counted together."""
 
-    spec: EngineSpec
+    spec: Spec
     units: list[Unit]
+    units_in_flight: int | None = None
 
-    def cpus(self) -> float:
-        return self.spec.max_replicas * self.spec.cpus + STREAM_CPUS
+    def needs(self) -> Capacity:
+        """What it takes, fully grown."""
+        most = self.spec.max_replicas
+        return Capacity(most * self.spec.cpus + STREAM_CPUS, most * self.spec.gpus)
 
-    def gpus(self) -> float:
-        return self.spec.max_replicas * self.spec.gpus
+    @property
+    def names(self) -> list[str]:
+        return list(dict.fromkeys(unit["name"] for unit in self.units))
 
-
-def engine_spec(model: Model, engine: Engine, capacity: Capacity) -> EngineSpec:
-    """The vLLM replicas that a recipe's `engine` section asks for."""
-    return EngineSpec(
-        model=model.model,
-        dtype=engine.dtype,
-        max_model_len=engine.max_model_len,
-        tensor_parallel=engine.tensor_parallel,
-        pipeline_parallel=engine.pipeline_parallel,
-        engine_kwargs=engine.arguments | _loading(model),
-        gpus=capacity.gpus_of(engine),
-        cpus=engine.cpus,
-        min_replicas=engine.replicas,
-        max_replicas=engine.max_replicas or engine.replicas,
-    )
+    @property
+    def in_flight(self) -> int:
+        """Responses that are asked for and not committed at one moment, at most: what a crash can cost."""
+        each = in_flight_of(self.units, self.spec, self.units_in_flight)
+        largest = max(len(unit["rows"]) * len(unit["samples"]) for unit in self.units)
+        return largest * each * min(self.spec.max_replicas, len(self.units))
 
 
-def _loading(model: Model) -> dict[str, Any]:
-    revision = {"revision": model.revision} if model.revision else {}
-    return revision | ({"trust_remote_code": True} if model.trust_remote_code else {})
+def describe(pools: list[Pool], capacity: Capacity) -> str:
+    """Which pools start at once, which wait for room, and what a crash can cost. Pure."""
+    first = startable(list(range(len(pools))), [], [pool.needs() for pool in pools], capacity)
+    together = ", ".join("+".join(pools[number].names) for number in first)
+    later = ", ".join("+".join(pool.names) for number, pool in enumerate(pools) if number not in first)
+    wait = f"; then, as room gets free: {later}" if later else ""
+    return f"pools at once: {together}{wait}; at most {sum(pool.in_flight for pool in pools):,} responses in flight"
 
 
-def run_pools(store: Store, pools: list[Pool], capacity: Capacity, write: WriteUnit, on_rows: OnRows) -> None:
-    """Works through all pools; rows are committed unit by unit as they finish."""
-    counts = _Counts([unit for pool in pools for unit in pool.units], on_rows)
-    for wave in waves(pools, capacity):
-        side_by_side([partial(_run, store, pool, write, counts) for pool in wave])
+def run_pools(
+    store: Store,
+    pools: list[Pool],
+    capacity: Capacity,
+    make_table: MakeTable,
+    failures: Failures,
+    on_rows: OnRows,
+    on_unit: OnUnit,
+) -> None:
+    """Works through all pools; rows are committed unit by unit as they finish.
+
+    A pool starts as soon as there is room for it beside those that run; the order is the given one.
+
+    Raises:
+        StageError: too large a share of some name's rows failed (see `Failures`).
+    """
+    progress = _Progress([unit for pool in pools for unit in pool.units], failures, on_rows)
+
+    def run(pool: Pool) -> None:
+        load, write = partial(load_unit, store), partial(commit_unit, store, make_table)
+        for summary in stream_units(pool.units, pool.spec, load, write, pool.units_in_flight):
+            progress.add(summary)
+            on_unit(summary)
+
+    as_room_allows([partial(run, pool) for pool in pools], [pool.needs() for pool in pools], capacity)
 
 
-def waves(pools: list[Pool], capacity: Capacity) -> Iterator[list[Pool]]:
-    """Groups of pools that fit into the cluster together, fully grown; one that waits for another may hang. Pure."""
-    wave: list[Pool] = []
-    for pool in pools:
-        together = [*wave, pool]
-        fits = sum(item.cpus() for item in together) <= capacity.cpus
-        fits = fits and sum(item.gpus() for item in together) <= capacity.gpus
-        if wave and not fits:
-            yield wave
-            wave = []
-        wave = [*wave, pool]
-    if wave:
-        yield wave
+def commit_unit(store: Store, make_table: MakeTable, unit: Unit) -> dict[str, Any]:
+    """Commits a unit where units wait; returns what the driver counts."""
+    table = make_table(unit)
+    store.write_table(unit["staged"], table, table.schema)
+    outputs = [output for answers in unit["outputs"] for output in answers]
+    errors = [error for error in map(error_of, outputs) if error]
+    return {
+        "name": unit["name"],
+        "destination": unit["destination"],
+        "staged": unit["staged"],
+        "retry": unit["retry"],
+        "rows": len(outputs),
+        "tokens": sum(output["tokens"] for output in outputs),
+        "failed": len(errors),
+        "errors": list(dict.fromkeys(errors))[:SHOWN_ERRORS],
+    }
 
 
-def _run(store: Store, pool: Pool, write: WriteUnit, counts: "_Counts") -> None:
-    for summary in stream_units(pool.units, pool.spec, partial(load_unit, store), partial(write, store)):
-        counts.add(summary)
+def error_of(output: dict[str, Any]) -> str | None:
+    """Why a response counts as failed, as `kind: words`; None if it does not. Pure."""
+    if output["error"] is not None:
+        known = output["error"].startswith("prompt refused:")
+        return output["error"] if known else f"engine error: {output['error']}"
+    if output["text"].strip():
+        return None
+    cut = output["reasoning"] is not None and output["finish_reason"] == "length"
+    return "empty answer: the reasoning was cut at max_tokens" if cut else "empty answer"
 
 
-class _Counts:
-    """Rows and tokens by name over all pools."""
+class _Progress:
+    """Rows, tokens and failures by name over all pools."""
 
-    def __init__(self, units: list[Unit], on_rows: OnRows) -> None:
-        self.on_rows = on_rows
+    def __init__(self, units: list[Unit], failures: Failures, on_rows: OnRows) -> None:
+        self.failures, self.on_rows = failures, on_rows
+        self.lock = threading.Lock()
         self.total: dict[str, int] = {}
-        self.done: dict[str, list[int]] = {}
         for unit in units:
-            rows = len(unit["prompt_ids"]) * unit["samples"]
+            rows = len(unit["rows"]) * len(unit["samples"])
             self.total[unit["name"]] = self.total.get(unit["name"], 0) + rows
-            self.done[unit["name"]] = [0, 0]
+        self.done = {name: {"rows": 0, "tokens": 0, "failed": 0} for name in self.total}
+        self.errors: dict[str, list[str]] = {name: [] for name in self.total}
         for name, total in self.total.items():
             on_rows(name, 0, total, 0)
 
     def add(self, summary: dict[str, Any]) -> None:
-        done = self.done[summary["name"]]
-        done[0] += summary["rows"]
-        done[1] += summary["tokens"]
-        self.on_rows(summary["name"], done[0], self.total[summary["name"]], done[1])
+        name = summary["name"]
+        with self.lock:
+            done = self.done[name]
+            for key in done:
+                done[key] += summary[key]
+            self.errors[name] = list(dict.fromkeys([*self.errors[name], *summary["errors"]]))[:SHOWN_ERRORS]
+        self.on_rows(name, done["rows"], self.total[name], done["tokens"])
+        if done["rows"] >= self.failures.after and done["failed"] > self.failures.max_share * done["rows"]:
+            raise StageError(self._broken(name, done))
+
+    def _broken(self, name: str, done: dict[str, int]) -> str:
+        shown = "\n".join(f"  {error}" for error in self.errors[name])
+        return (
+            f"{name}: {done['failed']:,} of {done['rows']:,} responses failed, more than failures.max_share "
+            f"{self.failures.max_share:g} allows; the first errors:\n{shown}\nthe failed rows are recorded: mend the "
+            "cause and run `deltaray generate RECIPE --retry-failed`, or raise failures.max_share"
+        )

@@ -1,14 +1,23 @@
 """What makes an engine, worked out without vLLM: its arguments, its environment, what it reserves in Ray."""
 
 import dataclasses
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from deltaray.errors import UserError
+
+if TYPE_CHECKING:
+    from deltaray.generate.engine import Engine
 
 CPU_CACHE_BYTES = 512 << 20  # KV cache of an engine on CPU: plenty for the small models that fit there
 # What may differ between two models that share an engine: how they were saved, not what they are.
 COSMETIC = frozenset({"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"})
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's max_lora_rank may be
+ADAPTERS_AT_ONCE = 8  # adapters in one batch: each takes memory beside the weights; further ones take turns
+CPU_REQUESTS, GPU_REQUESTS = 256, 1024  # vLLM's default max_num_seqs for offline work (256 on GPUs under 70 GiB, too)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,38 +39,76 @@ class EngineSpec:
     cpus: float = 1.0
     min_replicas: int = 1
     max_replicas: int = 1
+    accelerator: str | None = None  # Ray's name of the GPU that a replica must have
+    adapters: int = 0  # how many LoRA adapters of `model` the units use
+    max_lora_rank: int = 0  # the largest `lora_rank` among them
 
     def __post_init__(self) -> None:
         """ValueError for numbers that no engine could have."""
         if min(self.tensor_parallel, self.pipeline_parallel, self.min_replicas) < 1:
             raise ValueError("tensor_parallel, pipeline_parallel and min_replicas are at least 1")
-        if self.max_replicas < self.min_replicas or min(self.gpus, self.cpus) < 0:
-            raise ValueError("max_replicas is at least min_replicas; gpus and cpus are not negative")
+        if self.max_replicas < self.min_replicas or min(self.gpus, self.cpus, self.adapters) < 0:
+            raise ValueError("max_replicas is at least min_replicas; gpus, cpus and adapters are not negative")
+        if self.adapters and not 0 < self.max_lora_rank <= LORA_RANKS[-1]:
+            raise ValueError(f"with adapters max_lora_rank is 1 to {LORA_RANKS[-1]}")
+
+    def start(self) -> "Engine":
+        """A running engine in this process; blocks until it is ready and raises what vLLM raises when it cannot."""
+        from deltaray.generate.engine import Engine
+
+        return Engine(self)
+
+    @property
+    def world(self) -> int:
+        """Processes (GPUs, where there are any) that one copy of the weights is spread over."""
+        return self.tensor_parallel * self.pipeline_parallel
 
     @property
     def arguments(self) -> dict[str, Any]:
         """vLLM's engine arguments; `engine_kwargs` has the last word."""
-        world = self.tensor_parallel * self.pipeline_parallel
         arguments: dict[str, Any] = {
             "model": self.model,
             "dtype": self.dtype,
             "max_model_len": self.max_model_len,
             "tensor_parallel_size": self.tensor_parallel,
             "pipeline_parallel_size": self.pipeline_parallel,
-            "distributed_executor_backend": "uni" if world == 1 else "mp",
-            "disable_log_stats": True,
+            "distributed_executor_backend": "uni" if self.world == 1 else "mp",
             "use_tqdm_on_load": False,
         }
         if self.gpus == 0:
-            arguments |= {"enforce_eager": True, "kv_cache_memory_bytes": CPU_CACHE_BYTES}
+            # Without compilation vLLM 0.32 skips on CPU the warm-up that makes the buffers between pipeline stages.
+            arguments |= {"enforce_eager": self.pipeline_parallel == 1, "kv_cache_memory_bytes": CPU_CACHE_BYTES}
         elif self.gpus < 1:  # share the card as Ray shares it, a tenth left for what is not vLLM's
             arguments |= {"gpu_memory_utilization": round(0.9 * self.gpus, 3)}
-        return arguments | dict(self.engine_kwargs)
+        return arguments | self._lora_arguments() | dict(self.engine_kwargs)
+
+    def _lora_arguments(self) -> dict[str, Any]:
+        if not self.adapters:
+            return {}
+        rank = next(rank for rank in LORA_RANKS if rank >= self.max_lora_rank)
+        arguments = {"enable_lora": True, "max_lora_rank": rank, "max_cpu_loras": self.adapters + 1}
+        if self.gpus == 0:
+            # vLLM 0.32 on CPU gives requests without an adapter the last slot's (vllm-project/vllm#48421): keep that
+            # one empty.
+            return arguments | {"max_loras": self.adapters + 1}
+        return arguments | {"max_loras": min(self.adapters, ADAPTERS_AT_ONCE)}
 
     @property
     def spans_nodes(self) -> bool:
         """Whether vLLM places its own Ray workers; the replica's actor then holds no GPU itself."""
         return self.arguments["distributed_executor_backend"] == "ray"
+
+    @property
+    def ray_options(self) -> dict[str, Any]:
+        """Ray's options of a replica's actor besides its CPUs and environment."""
+        options: dict[str, Any] = {"num_gpus": 0 if self.spans_nodes else self.gpus}
+        return options | ({"accelerator_type": self.accelerator} if self.accelerator else {})
+
+    @property
+    def requests_in_flight(self) -> int:
+        """Requests that keep one replica's batch full."""
+        default = GPU_REQUESTS if self.gpus else CPU_REQUESTS * self.world
+        return int(self.engine_kwargs.get("max_num_seqs") or default)
 
     @property
     def environment(self) -> dict[str, str]:
@@ -73,8 +120,37 @@ class EngineSpec:
         if self.gpus == 0:
             # nobind: several engines share the cores instead of all being pinned to the first ones.
             variables["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
-            variables["OMP_NUM_THREADS"] = str(max(1, int(self.cpus)))
+            variables["OMP_NUM_THREADS"] = str(max(1, int(self.cpus / self.world)))
         if self.gpus == 0 or self.spans_nodes:
             # In process, the placement group that vLLM's ray executor makes belongs to the actor and dies with it.
             variables["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         return variables
+
+
+def lora_rank(folder: str) -> int:
+    """The largest rank in a PEFT LoRA adapter's folder.
+
+    Raises:
+        UserError: the folder is no LoRA adapter, or one that vLLM cannot serve on top of its base.
+    """
+    try:
+        config = json.loads(Path(folder, "adapter_config.json").read_text())
+        rank = max([config["r"], *(config.get("rank_pattern") or {}).values()])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{folder}: no PEFT LoRA adapter: adapter_config.json: {error!r}") from error
+    if reason := _not_served(folder, config, rank):
+        raise UserError(f"{folder}: {reason}; merge the adapter into its model and name that as `model`")
+    return int(rank)
+
+
+def _not_served(folder: str, config: Mapping[str, Any], rank: int) -> str | None:
+    """Why vLLM cannot serve an adapter, as far as its files tell."""
+    if config.get("peft_type") != "LORA":
+        return f"vLLM serves LoRA adapters, not {config.get('peft_type')}"
+    if config.get("use_dora"):
+        return "vLLM does not serve DoRA adapters"
+    if config.get("modules_to_save") or config.get("bias", "none") != "none":
+        return "vLLM does not serve adapters with modules_to_save or biases of their own"
+    if not Path(folder, "adapter_model.safetensors").is_file():
+        return "it has no adapter_model.safetensors"
+    return None if rank <= LORA_RANKS[-1] else f"vLLM serves ranks up to {LORA_RANKS[-1]}, not {rank}"

@@ -1,55 +1,79 @@
-"""Generate: every teacher answers every prompt once, each with its own chat template and its own vLLM pool."""
+"""Generate: every teacher answers every prompt once, each with its own chat template and its own pool."""
 
 import zlib
-from typing import Any
+from collections.abc import Callable
 
 import pyarrow as pa
 
 from deltaray.contracts import RESPONSES
-from deltaray.generate.pools import OnRows, run_pools
-from deltaray.generate.share import shared_pools
-from deltaray.generate.units import Unit, missing_units
+from deltaray.generate.answer import Work, answer, work_of
+from deltaray.generate.identity import generation_identity, identity_digest
+from deltaray.generate.pools import OnRows, error_of
+from deltaray.generate.units import Unit
+from deltaray.recipe.models import Teacher
 from deltaray.recipe.study import Study
 from deltaray.runtime.session import Capacity
 from deltaray.store import Store
 
 
-def teacher_units(study: Study, store: Store, name: str) -> list[Unit]:
-    """What a teacher still has to answer.
-
-    Its name goes into its seed: two teachers that draw with the same random numbers would give the same answers
-    wherever they agree on the likely ones, and identical pairs teach nothing.
-    """
-    teacher = study.teachers[name]
-    seed = zlib.crc32(f"{name}#{teacher.sampling.seed}".encode())
-    sampling = teacher.sampling.model_copy(update={"seed": seed})
-    return missing_units(store, Store.prompts, Store.responses(name), teacher, sampling, name=name)
-
-
-def generate(study: Study, store: Store, capacity: Capacity, on_rows: OnRows) -> int:
-    """Completes the responses of all teachers that a pairing uses; returns how many were made."""
-    work = [(study.teachers[name], teacher_units(study, store, name)) for name in study.paired_teachers()]
-    pools = shared_pools([(teacher, teacher.engine, units) for teacher, units in work if units], capacity)
-    run_pools(store, pools, capacity, write_responses, on_rows)
-    return sum(len(unit["prompt_ids"]) * unit["samples"] for pool in pools for unit in pool.units)
-
-
-def write_responses(store: Store, unit: Unit) -> dict[str, Any]:
-    """Commits a unit's responses as one file."""
-    rows = [
-        {
-            "prompt_id": prompt_id,
-            "sample": sample,
-            "teacher": unit["name"],
-            "text": output["text"],
-            "prompt_token_ids": token_ids,
-            "token_ids": output["token_ids"],
-            "tokens": len(output["token_ids"]),
-            "finish_reason": output["finish_reason"],
-            "error": output["error"],
-        }
-        for prompt_id, token_ids, outputs in zip(unit["prompt_ids"], unit["token_ids"], unit["outputs"], strict=True)
-        for sample, output in enumerate(outputs)
+def teacher_work(study: Study, store: Store, retry: bool = False) -> list[Work]:
+    """What the teachers that a pairing uses still have to answer; with `retry` what they failed to answer."""
+    return [
+        work_of(
+            store,
+            Store.prompts,
+            Store.responses(name),
+            name,
+            seeded(name, study.teachers[name]),
+            identity_digest(generation_identity(study.teachers[name])),
+            study.recipe.unit_size,
+            retry,
+        )
+        for name in study.paired_teachers()
     ]
-    store.write_table(unit["destination"], pa.Table.from_pylist(rows, schema=RESPONSES), RESPONSES)
-    return {"name": unit["name"], "rows": len(rows), "tokens": sum(row["tokens"] for row in rows)}
+
+
+def seeded(name: str, teacher: Teacher) -> Teacher:
+    """The teacher with its name in its seed.
+
+    Two teachers that draw with the same random numbers would give the same answers wherever they agree on the likely
+    ones, and identical pairs teach nothing.
+    """
+    if teacher.sampling.seed is None:
+        return teacher
+    seed = zlib.crc32(f"{name}#{teacher.sampling.seed}".encode())
+    return teacher.model_copy(update={"sampling": teacher.sampling.model_copy(update={"seed": seed})})
+
+
+def generate(
+    study: Study, store: Store, works: list[Work], capacity: Capacity, on_rows: OnRows, say: Callable[[str], None]
+) -> None:
+    """Completes the responses of the teachers (`teacher_work`).
+
+    Raises:
+        StageError: too many of a teacher's responses failed; what is committed stays.
+    """
+    answer(store, works, capacity, responses_table, RESPONSES, study.recipe.failures, on_rows, say)
+
+
+def responses_table(unit: Unit) -> pa.Table:
+    """The rows of an answered unit, samples innermost. Pure."""
+    answered = [
+        (place, sample, output)
+        for place, outputs in enumerate(unit["outputs"])
+        for sample, output in zip(unit["samples"], outputs, strict=True)
+    ]
+    outputs = [output for _, _, output in answered]
+    columns = {
+        "prompt_id": [unit["prompt_ids"][place] for place, _, _ in answered],
+        "sample": [sample for _, sample, _ in answered],
+        "teacher": [unit["name"]] * len(answered),
+        "text": [output["text"] for output in outputs],
+        "reasoning": [output["reasoning"] for output in outputs],
+        "prompt_token_ids": [unit["token_ids"][place] for place, _, _ in answered],
+        "token_ids": [output["token_ids"] for output in outputs],
+        "tokens": [output["tokens"] for output in outputs],
+        "finish_reason": [output["finish_reason"] for output in outputs],
+        "error": [error_of(output) for output in outputs],
+    }
+    return pa.Table.from_pydict(columns, schema=RESPONSES)

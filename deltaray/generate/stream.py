@@ -8,30 +8,70 @@ error column that is null throughout one block, token lists that happen to be eq
 import math
 import pickle
 import warnings
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
 
-from deltaray.generate.engine import Engine
-from deltaray.generate.spec import EngineSpec
+from deltaray.generate.requests import Output, failed
+from deltaray.generate.units import Unit, responses_in
 
-Unit = dict[str, Any]
 Packed = dict[str, bytes]
 
 TASK_CPUS = 0.25  # what a load or write task reserves in Ray
 ENGINE_RETRIES = 3  # how often a unit is repeated after its engine died; then the stream fails, not for ever
-RUNNING_REQUESTS = 256  # vLLM's default max_num_seqs where engine_kwargs names none (1024 on large GPUs)
 MOST_IN_FLIGHT = 16  # units in one engine at once: each is a thread of the actor and a unit in its memory
 
 
+class Answering(Protocol):
+    """What a replica runs."""
+
+    async def generate(self, unit: Mapping[str, Any]) -> list[list[Output]]: ...
+
+    def close(self) -> None: ...
+
+
+class Spec(Protocol):
+    """Describes the replicas of a pool; pickled into their processes."""
+
+    @property
+    def cpus(self) -> float: ...
+
+    @property
+    def gpus(self) -> float: ...
+
+    @property
+    def min_replicas(self) -> int: ...
+
+    @property
+    def max_replicas(self) -> int: ...
+
+    @property
+    def requests_in_flight(self) -> int:
+        """Requests that keep one replica busy."""
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Environment variables of a replica's process."""
+
+    @property
+    def ray_options(self) -> dict[str, Any]:
+        """Further options of Ray for a replica's actor."""
+
+    def start(self) -> Answering:
+        """Called in the replica's process; returns when it is ready."""
+
+
 def stream_units(
-    units: list[Unit], spec: EngineSpec, load: Callable[[Unit], Unit], write: Callable[[Unit], Unit]
+    units: list[Unit],
+    spec: Spec,
+    load: Callable[[Unit], Unit],
+    write: Callable[[Unit], Unit],
+    units_in_flight: int | None = None,
 ) -> Iterator[Unit]:
     """Runs units through load -> engine pool -> write; yields write's small summary of each finished unit.
 
-    A unit has unit_id, model (the weights to use), prompt_ids, samples and sampling (JSON); `load` adds token_ids
-    (one list per prompt), the engines add outputs (`Engine.generate`), and `write` must write the unit under a
-    name of its own by rename: a unit may be run twice (a lost worker), and must then replace itself. Both are
-    called in small tasks on any node. Summaries come in the order of completion.
+    `load` and `write` are called in small tasks on any node; see `units.Unit` for what is added where. `write` must
+    write the unit under a name of its own by rename: a unit may be run twice (a lost worker), and must then replace
+    itself. Summaries come in the order of completion.
 
     Ending or closing the iterator ends the pool. Raises what load, write or the engine raised (as Ray wraps it).
     Streams may run at the same time in several threads; the cluster's CPUs must then exceed the sum of
@@ -40,7 +80,7 @@ def stream_units(
     if not units:
         return
     few_swaps = sorted(units, key=lambda unit: unit["model"])
-    dataset = _dataset(few_swaps, spec, load, write)
+    dataset = _dataset(few_swaps, spec, load, write, units_in_flight)
     batches = iter(dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0))
     try:
         for batch in batches:
@@ -49,17 +89,22 @@ def stream_units(
         batches.close()  # shuts the executor down now, not when it is garbage-collected
 
 
-def _dataset(units: list[Unit], spec: EngineSpec, load: Callable[[Unit], Unit], write: Callable[[Unit], Unit]) -> Any:
+def _dataset(
+    units: list[Unit],
+    spec: Spec,
+    load: Callable[[Unit], Unit],
+    write: Callable[[Unit], Unit],
+    units_in_flight: int | None,
+) -> Any:
     """The lazy plan: one block, and so one task, per unit in each of the three operators."""
     import ray
 
     dataset = ray.data.from_items([_pack(unit) for unit in units], override_num_blocks=len(units))
     _configure(dataset.context)
-    replicas = min(spec.max_replicas, len(units))
+    replicas, in_flight = min(spec.max_replicas, len(units)), in_flight_of(units, spec, units_in_flight)
     # One loading and one writing task per engine keep up with it, and keep small machines small.
     tasks = {"num_cpus": TASK_CPUS, "compute": ray.data.TaskPoolStrategy(size=replicas)}
     dataset = dataset.map(_task("load", load), **tasks)
-    in_flight = _in_flight(units, spec, replicas)
     pool = ray.data.ActorPoolStrategy(
         min_size=min(spec.min_replicas, replicas),
         max_size=replicas,
@@ -82,25 +127,24 @@ def _configure(context: Any) -> None:
     context.execution_no_progress_timeout_s = -1
 
 
-def _resources(spec: EngineSpec) -> dict[str, Any]:
+def _resources(spec: Spec) -> dict[str, Any]:
     """Ray's options of an engine's actor."""
     return {
         "num_cpus": spec.cpus,
-        "num_gpus": 0 if spec.spans_nodes else spec.gpus,
+        "num_gpus": spec.gpus,
         "max_task_retries": ENGINE_RETRIES,
         "runtime_env": {"env_vars": spec.environment},
-    }
+    } | spec.ray_options
 
 
-def _in_flight(units: list[Unit], spec: EngineSpec, replicas: int) -> int:
-    """How many units one engine has at once.
+def in_flight_of(units: list[Unit], spec: Spec, demanded: int | None) -> int:
+    """How many units one engine has at once: enough requests that its batch stays full while units end and begin.
 
-    Enough requests that its batch stays full while units end and begin, but never more than its share of the
-    units, or the first engine up would take them all.
+    Never more than its share of the units, or the first engine up would take them all. Pure.
     """
-    requests = sum(len(unit["prompt_ids"]) * unit["samples"] for unit in units) / len(units)
-    wanted = math.ceil(2 * spec.engine_kwargs.get("max_num_seqs", RUNNING_REQUESTS) / max(requests, 1))
-    return min(max(wanted, 2), MOST_IN_FLIGHT, math.ceil(len(units) / replicas))
+    requests = responses_in(units) / len(units)
+    enough = min(max(math.ceil(2 * spec.requests_in_flight / max(requests, 1)), 2), MOST_IN_FLIGHT)
+    return min(demanded or enough, math.ceil(len(units) / min(spec.max_replicas, len(units))))
 
 
 def _pack(unit: Unit) -> Packed:
@@ -120,13 +164,25 @@ def _task(name: str, function: Callable[[Unit], Unit]) -> Callable[[Packed], Pac
 class _PoolWorker:
     """The actor of the pool: one engine, several units in flight (Ray Data runs the coroutines side by side)."""
 
-    def __init__(self, spec: EngineSpec) -> None:
-        self.engine = Engine(spec)
+    def __init__(self, spec: Spec) -> None:
+        self.engine = spec.start()
 
     async def __call__(self, row: Packed) -> Packed:
         unit = pickle.loads(row["unit"])
-        return _pack(unit | {"outputs": await self.engine.generate(unit)})
+        asked = [place for place, reason in enumerate(unit["refused"]) if reason is None]
+        answers = iter(await self.engine.generate(_only(unit, asked)) if asked else [])
+        outputs = [
+            next(answers) if reason is None else [failed(f"prompt refused: {reason}") for _ in unit["samples"]]
+            for reason in unit["refused"]
+        ]
+        return _pack(unit | {"outputs": outputs})
 
     def __del__(self) -> None:
         if hasattr(self, "engine"):  # not when the engine never started
             self.engine.close()
+
+
+def _only(unit: Unit, places: list[int]) -> Unit:
+    """The unit with some of its prompts."""
+    per_prompt = ("prompt_ids", "messages", "token_ids")
+    return unit | {key: [unit[key][place] for place in places] for key in per_prompt}

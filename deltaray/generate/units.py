@@ -1,79 +1,175 @@
-"""Units of generation: which prompts one model still has to answer, shard by shard. Pure but for reading the store."""
+"""Units of generation: which responses a model still owes, shard by shard. Pure but for reading the store."""
 
 import hashlib
 import json
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 
-from deltaray.chat import load_tokenizer, prompt_ids
+from deltaray.chat import Message, load_tokenizer, prompts_ids
 from deltaray.contracts import PROMPTS
-from deltaray.prompts.shards import shard_name
-from deltaray.recipe.models import Model, Sampling
-from deltaray.store import Store, keys_of
+from deltaray.generate.staging import failed_rows, folder_of, keys_in, staged_files
+from deltaray.prompts.shards import read_rows, shard_name
+from deltaray.recipe.models import Model, Teacher
+from deltaray.store import Store
 
 Unit = dict[str, Any]
-"""One row of the stream and one Parquet file: unit_id, model, tokenizer (a `Model` as JSON), prompts (a shard's path),
-prompt_ids, samples, sampling (JSON), destination, and what the stage that made it wants back when it is written."""
+"""What one call of an engine answers and one commit holds. From the planner: unit_id, name (who is counted), model,
+adapter, reasoning, teacher (a `Teacher` as JSON), prompts (a shard's path), rows (places in it), samples (the sample
+indexes wanted), sampling (JSON in vLLM's words), destination, staged (the file it becomes), retry (whether it is a
+second attempt).
+
+Loading adds, one entry per prompt: prompt_ids, messages, token_ids, refused (why it cannot be asked, or None),
+answers. The engine adds outputs: per prompt one `Output` for each of `samples`."""
 
 
 def missing_units(
-    store: Store, prompts: str, destination: str, model: Model, sampling: Sampling, **extra: Any
+    store: Store,
+    prompts: str,
+    destination: str,
+    name: str,
+    teacher: Teacher,
+    identity: str,
+    unit_size: int,
+    retry: bool = False,
 ) -> list[Unit]:
-    """The units that complete `destination`: one per shard of `prompts` that lacks answers there.
+    """The units that complete `destination`: every (prompt, sample) that is neither published nor staged there.
 
-    A unit holds only the prompts that miss a sample, and its file is named after them: whoever computes it again
-    writes the same file.
+    A unit holds at most `unit_size` responses of neighbouring prompts. Its file is named after them: whoever computes
+    the unit again writes the same file.
+
+    Args:
+        prompts: the folder of prompt shards.
+        identity: tells apart what was made with other settings.
+        retry: the rows that failed instead of those that are missing.
     """
-    units = []
-    committed = store.committed(destination)
+    published, units = store.committed(destination), []
     for path in store.committed(prompts):
         shard = shard_name(path)
-        done: set[str] = set()
-        for file in committed:
-            if shard_name(file).startswith(f"{shard}-"):
-                done |= set(keys_of(store.read_table(file, ["prompt_id", "sample"])).to_pylist())
-        ids = store.read_table(path, ["prompt_id"])["prompt_id"].to_pylist()
-        todo = [item for item in ids if any(f"{item}#{n}" not in done for n in range(sampling.samples))]
-        if todo:
-            name = f"{shard}-{_digest(todo)}"
-            units.append(
-                {
-                    "unit_id": f"{destination}/{name}",
-                    "model": model.model,
-                    "tokenizer": model.model_dump_json(include=set(Model.model_fields)),
-                    "prompts": path,
-                    "prompt_ids": todo,
-                    "samples": sampling.samples,
-                    "sampling": json.dumps(sampling.model_dump(exclude={"samples"})),
-                    "destination": f"{destination}/{name}.parquet",
-                    **extra,
-                }
-            )
+        files = [file for file in published if shard_name(file).startswith(f"{shard}-")]
+        staged = staged_files(store, folder_of(destination, identity, shard, retry))
+        for rows, samples in _todo(store, path, files, staged, teacher.sampling.samples, unit_size, retry):
+            units.append(_unit(store, path, destination, name, teacher, rows, samples, identity, retry))
     return units
 
 
-def read_prompts_of(store: Store, unit: Unit) -> list[dict[str, Any]]:
-    """The prompt rows of a unit, in the order of its prompt_ids."""
-    table = store.read_table(unit["prompts"], PROMPTS.names)
-    wanted = list(unit["prompt_ids"])
-    rows = {row["prompt_id"]: row for row in table.filter(pc.field("prompt_id").isin(wanted)).to_pylist()}
-    return [rows[item] for item in wanted]
+def _todo(
+    store: Store, path: str, files: list[str], staged: list[str], samples: int, unit_size: int, retry: bool
+) -> Iterator[tuple[list[int], list[int]]]:
+    """(rows, samples) of each unit of a shard."""
+    prompts = store.count(path)
+    if not retry and sum(map(store.count, files)) == prompts * samples:
+        return  # the usual case of a resumed run, told from the files' footers
+    if not retry and not files and not staged:
+        yield from unit_blocks(np.ones((prompts, samples), dtype=bool), unit_size)
+        return
+    ids = store.read_table(path, ["prompt_id"])["prompt_id"]
+    if retry:
+        wanted = failed_rows(store, files)
+        done = keys_in(store, staged)
+    else:
+        wanted, done = None, keys_in(store, [*files, *staged])
+    missing = np.ones((prompts, samples), dtype=bool)
+    for sample in range(samples):
+        missing[:, sample] = ~_is_in(ids, done, sample)
+        if wanted is not None:
+            missing[:, sample] &= _is_in(ids, wanted, sample)
+    yield from unit_blocks(missing, unit_size)
 
 
+def _is_in(ids: pa.ChunkedArray, keys: pa.Table, sample: int) -> np.ndarray:
+    of_sample = keys.filter(pc.field("sample") == sample)["prompt_id"]
+    return pc.is_in(ids, value_set=of_sample.combine_chunks()).to_numpy()
+
+
+def unit_blocks(missing: np.ndarray, unit_size: int) -> Iterator[tuple[list[int], list[int]]]:
+    """(rows, samples) such that every missing cell is in exactly one, with at most `unit_size` cells in each. Pure.
+
+    Prompts that miss the same samples go together. Blocks have fixed borders, so what one run has not done the next
+    cuts in the same way.
+
+    Args:
+        missing: [prompts, samples], true where a response is missing.
+    """
+    patterns, of_row = np.unique(missing, axis=0, return_inverse=True)
+    for number, pattern in enumerate(patterns):
+        samples = np.flatnonzero(pattern).tolist()
+        if not samples:
+            continue
+        rows = np.flatnonzero(of_row.reshape(-1) == number)
+        blocks = rows // max(1, unit_size // len(samples))
+        for block in np.split(rows, np.flatnonzero(np.diff(blocks)) + 1):
+            yield block.tolist(), samples
+
+
+def _unit(
+    store: Store,
+    path: str,
+    destination: str,
+    name: str,
+    teacher: Teacher,
+    rows: list[int],
+    samples: list[int],
+    identity: str,
+    retry: bool,
+) -> Unit:
+    folder = folder_of(destination, identity, shard_name(path), retry)
+    digest = hashlib.sha256(json.dumps([rows, samples]).encode()).hexdigest()[:8]
+    staged = f"{folder}/{rows[0]:07d}-{digest}.parquet"
+    return {
+        "unit_id": staged,
+        "name": name,
+        "model": teacher.model,
+        "adapter": teacher.adapter,
+        "reasoning": teacher.reasoning,
+        "teacher": teacher.model_dump_json(),
+        "prompts": path,
+        "rows": rows,
+        "samples": samples,
+        "sampling": json.dumps(teacher.sampling.model_dump(exclude={"samples"})),
+        "destination": destination,
+        "staged": staged,
+        "retry": retry,
+    }
+
+
+def responses_in(units: list[Unit]) -> int:
+    """How many responses the units ask for."""
+    return sum(len(unit["rows"]) * len(unit["samples"]) for unit in units)
+
+
+# --- in the task that loads a unit ----------------------------------------------------------------------------------
 @lru_cache(maxsize=8)
 def _tokenizer(model: str) -> Any:
     return load_tokenizer(Model.model_validate_json(model), "model")
 
 
 def load_unit(store: Store, unit: Unit) -> Unit:
-    """Adds the prompts' token ids, rendered by the model's own template, and their answers."""
-    tokenizer = _tokenizer(unit["tokenizer"])
-    rows = read_prompts_of(store, unit)
-    token_ids = [prompt_ids(tokenizer, row["messages"]) for row in rows]
-    return {**unit, "token_ids": token_ids, "answers": [row["answer"] for row in rows]}
+    """Adds the prompts and their token ids, rendered by the teacher's own template."""
+    teacher = Teacher.model_validate_json(unit["teacher"])
+    rows = read_rows(store, unit["prompts"], unit["rows"], PROMPTS.names).to_pylist()
+    messages = [with_system(row["messages"], teacher.system) for row in rows]
+    token_ids: list[list[int]] = [[] for _ in rows]
+    refused: list[str | None] = [None for _ in rows]
+    if teacher.endpoint is None:
+        tokenizer = _tokenizer(teacher.model_dump_json(include=set(Model.model_fields)))
+        token_ids, refused = prompts_ids(tokenizer, messages)
+    return {
+        **unit,
+        "prompt_ids": [row["prompt_id"] for row in rows],
+        "messages": messages,
+        "token_ids": token_ids,
+        "refused": [row["error"] or reason for row, reason in zip(rows, refused, strict=True)],
+        "answers": [row["answer"] for row in rows],
+    }
 
 
-def _digest(ids: list[str]) -> str:
-    return hashlib.sha256("\n".join(ids).encode()).hexdigest()[:8]
+def with_system(messages: list[Message], system: str | None) -> list[Message]:
+    """The conversation with the teacher's system prompt before it, unless it brings its own. Pure."""
+    if system is None or messages[0]["role"] == "system":
+        return messages
+    return [{"role": "system", "content": system}, *messages]

@@ -4,10 +4,13 @@ the funnel can say what every rule removed.
 
 import hashlib
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from deltaray.recipe.models import Pairing
 
+FAILURES = ("prompt refused", "engine error", "empty answer")
+"""Kinds of failed responses, as their `error` begins."""
 Candidate = dict[str, Any]
 Rule = Callable[[Candidate], bool]
 """True: the pair stays."""
@@ -20,7 +23,7 @@ def rules(pairing: Pairing, max_length: int) -> list[tuple[str, Rule]]:
         max_length: the student's; a prompt of max_length - 2 tokens or more leaves no room for a response.
     """
     chosen_rules: list[tuple[str, Rule, bool]] = [
-        ("generation error", lambda pair: "error" not in _finishes(pair), True),
+        *((kind, partial(_did_not_fail, kind), True) for kind in FAILURES),
         ("truncated", lambda pair: "length" not in _finishes(pair), pairing.drop_truncated),
         ("identical", lambda pair: pair["chosen"] != pair["rejected"], pairing.drop_identical),
         ("prompt too long for the student", lambda pair: pair["prompt_tokens"] < max_length - 2, True),
@@ -40,6 +43,10 @@ def draw_key(pair: Candidate, seed: int) -> int:
     """A pair's place in a seeded random order that does not depend on where or when it is computed."""
     text = f"{seed}#{pair['prompt_id']}#{pair['chosen_sample']}"
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8])
+
+
+def _did_not_fail(kind: str, pair: Candidate) -> bool:
+    return not any((pair[side] or "").startswith(kind) for side in ("chosen_error", "rejected_error"))
 
 
 def _has(value: object) -> bool:

@@ -6,16 +6,17 @@ from functools import lru_cache, partial
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from deltaray.chat import conversation_ids, load_tokenizer
 from deltaray.contracts import PAIRS, PROMPTS, RESPONSES, SCORES
 from deltaray.pair.join import JOIN_KEYS, join_responses
-from deltaray.pair.rules import draw_key, rules
+from deltaray.pair.rules import Rule, draw_key, rules
 from deltaray.prompts.shards import shard_name
 from deltaray.recipe.models import Pairing, Student
 from deltaray.recipe.study import Study
 from deltaray.runtime.stream import map_units
-from deltaray.store import Store
+from deltaray.store import Store, keys_of
 
 
 def inputs_of(study: Study, store: Store, name: str) -> str:
@@ -85,31 +86,49 @@ def pair_shard(store: Store, unit: dict[str, Any]) -> dict[str, Any]:
     prompts = store.read_table(unit["prompts"], PROMPTS.names)
     shard = shard_name(unit["prompts"])
     sides = [_scored_responses(store, pairing.scorer, side, shard) for side in (pairing.chosen, pairing.rejected)]
-    candidates = join_responses(prompts, *sides)
-    _count_tokens(candidates, student)
-    funnel = [_stage("answered by both teachers", len(prompts), len(candidates))]
-    for name, rule in rules(pairing, student.max_length):
+    filters = rules(pairing, student.max_length)
+    if unit["write"] and pairing.limit:
+        filters.append(("limit", lambda pair: draw_key(pair, 0) <= unit["ceiling"]))
+    tables, funnels, keys = [PAIRS.empty_table()], [], []
+    for candidates in join_responses(prompts, *sides):
+        _count_tokens(candidates, student)
+        kept, funnel = apply_rules(candidates, filters)
+        funnels.append(funnel)
+        if unit["write"]:
+            tables.append(pa.Table.from_pylist(kept, schema=PAIRS))
+        else:
+            keys += [draw_key(pair, 0) for pair in kept]
+    if not unit["write"]:
+        return {"pairing": unit["pairing"], "draw_keys": keys}
+    store.write_table(f"{Store.pairs(unit['pairing'])}/{shard}.parquet", pa.concat_tables(tables), PAIRS)
+    later = merge_funnels([apply_rules([], filters)[1], *funnels])
+    answered = sum(funnel[0]["in"] for funnel in funnels)
+    return {
+        "pairing": unit["pairing"],
+        "funnel": [_stage("answered by both teachers", len(prompts), answered), *later],
+    }
+
+
+def apply_rules(
+    candidates: list[dict[str, Any]], filters: list[tuple[str, Rule]]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """(the candidates that pass all rules, the funnel). Pure."""
+    funnel = []
+    for name, rule in filters:
         kept = [pair for pair in candidates if rule(pair)]
         funnel.append(_stage(name, len(candidates), len(kept)))
         candidates = kept
-    if not unit["write"]:
-        return {"pairing": unit["pairing"], "draw_keys": [draw_key(pair, 0) for pair in candidates]}
-    if pairing.limit:
-        kept = [pair for pair in candidates if draw_key(pair, 0) <= unit["ceiling"]]
-        funnel.append(_stage("limit", len(candidates), len(kept)))
-        candidates = kept
-    table = pa.Table.from_pylist(candidates, schema=PAIRS)
-    store.write_table(f"{Store.pairs(unit['pairing'])}/{shard}.parquet", table, PAIRS)
-    return {"pairing": unit["pairing"], "funnel": funnel}
+    return candidates, funnel
 
 
 def _scored_responses(store: Store, scorer: str | None, teacher: str, shard: str) -> pa.Table:
-    columns = [*JOIN_KEYS, "teacher", "text", "finish_reason"]
+    columns = [*JOIN_KEYS, "teacher", "text", "finish_reason", "error"]
     responses = store.read_tables(Store.responses(teacher), RESPONSES, columns, prefix=f"{shard}-")
     if scorer is None:
         return responses.append_column("score", pa.nulls(len(responses), pa.float64()))
     scores = store.read_tables(Store.scores(scorer, teacher), SCORES, prefix=f"{shard}-")
-    return responses.join(scores, JOIN_KEYS, join_type="left outer")
+    place = pc.index_in(keys_of(responses), value_set=keys_of(scores).combine_chunks())
+    return responses.append_column("score", scores["score"].take(place))
 
 
 @lru_cache(maxsize=8)

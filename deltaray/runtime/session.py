@@ -12,6 +12,7 @@ from deltaray.recipe.study import Study, base_name
 
 EMBEDDED_CPUS = 8
 """Least logical CPUs of a Ray started here: its workers mostly wait, and pipelines of actor pools deadlock on two."""
+START_ATTEMPTS = 3
 STREAM_CPUS = 1.0
 """Logical CPUs that the reading and writing tasks around an actor pool need."""
 
@@ -23,7 +24,7 @@ class Capacity:
     cpus: float
     gpus: float
 
-    def gpus_of(self, engine: Engine) -> int:
+    def gpus_of(self, engine: Engine) -> float:
         """GPUs of one replica: as demanded, else what its parallelism needs where the cluster has GPUs."""
         if engine.gpus is not None:
             return engine.gpus
@@ -67,6 +68,8 @@ def demands(study: Study, capacity: Capacity) -> list[Demand]:
     """What each part of the study needs at least. Pure."""
     found = []
     for name, teacher in study.teachers.items():
+        if teacher.endpoint is not None:
+            continue
         key = f"teachers.{base_name(name)}.engine"
         found.append(_engine_demand(key, f"vLLM for teacher {name}", teacher.engine, capacity))
     recipe = study.recipe
@@ -116,10 +119,25 @@ def start_ray(cluster: Cluster) -> Capacity:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if not ray.is_initialized():
         on_sigterm = signal.getsignal(signal.SIGTERM)
-        ray.init(**_init_arguments(cluster))
+        _init(_init_arguments(cluster))
         signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own would end the driver before it can say how to resume
     resources = ray.cluster_resources()
     return Capacity(max(resources.get("CPU", 0), cluster.cpus or 0), max(resources.get("GPU", 0), cluster.gpus or 0))
+
+
+def _init(arguments: dict[str, Any]) -> None:
+    """`ray.init`, repeated on a machine so busy that Ray's processes need longer than the 30 s it gives them."""
+    import ray
+
+    for attempt in range(1, START_ATTEMPTS + 1):
+        try:
+            ray.init(**arguments)
+            return
+        except Exception as error:
+            slow = "timed out during startup" in str(error)
+            if not slow or attempt == START_ATTEMPTS:
+                raise
+            ray.shutdown()
 
 
 def _init_arguments(cluster: Cluster) -> dict[str, Any]:

@@ -1,0 +1,111 @@
+"""Answering: models, their units, and shards that become visible as soon as nothing of them is missing.
+
+Generation and evaluation both end here; they differ in what a row looks like and where it goes.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from deltaray.generate.pools import MakeTable, OnRows, describe, run_pools
+from deltaray.generate.share import shared_pools
+from deltaray.generate.staging import publish, waiting_folders
+from deltaray.generate.stream import TASK_CPUS
+from deltaray.generate.units import Unit, missing_units
+from deltaray.recipe.models import Failures, Teacher
+from deltaray.runtime.session import Capacity
+from deltaray.store import Store
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one model owes to one folder."""
+
+    teacher: Teacher
+    destination: str
+    units: list[Unit]
+    waiting: list[tuple[str, bool]]  # folders of committed units that no run has published yet
+
+    @property
+    def finished(self) -> bool:
+        return not self.units and not self.waiting
+
+
+def work_of(
+    store: Store,
+    prompts: str,
+    destination: str,
+    name: str,
+    teacher: Teacher,
+    identity: str,
+    unit_size: int,
+    retry: bool = False,
+) -> Work:
+    """What is missing in `destination`, or what failed there; see `units.missing_units`."""
+    units = missing_units(store, prompts, destination, name, teacher, identity, unit_size, retry)
+    return Work(teacher, destination, units, list(waiting_folders(store, destination, identity)))
+
+
+def answer(
+    store: Store,
+    works: list[Work],
+    capacity: Capacity,
+    make_table: MakeTable,
+    schema: pa.Schema,
+    failures: Failures,
+    on_rows: OnRows,
+    say: Callable[[str], None],
+) -> None:
+    """Does the work: afterwards every response is published exactly once.
+
+    Args:
+        make_table: the rows of an answered unit, in `schema`.
+        say: told how the work is spread over the cluster.
+    Raises:
+        StageError: too many rows of one model failed; what is committed stays.
+    """
+    publisher = _Publisher(store, schema, [unit for work in works for unit in work.units])
+    pools = shared_pools([(work.teacher, work.units) for work in works if work.units], capacity)
+    if pools:
+        say(describe(pools, capacity))
+    run_pools(store, pools, capacity, make_table, failures, on_rows, publisher.committed)
+    publisher.finish(works)
+
+
+class _Publisher:
+    """Counts the units that a shard still misses; publishes it in a task of its own when there are none."""
+
+    def __init__(self, store: Store, schema: pa.Schema, units: list[Unit]) -> None:
+        self.store, self.schema = store, schema
+        self.missing = Counter(_folder(unit) for unit in units)
+        self.tasks: dict[str, Any] = {}
+
+    def committed(self, summary: Unit) -> None:
+        folder = _folder(summary)
+        self.missing[folder] -= 1
+        if self.missing[folder] == 0:
+            self._publish(summary["destination"], folder, summary["retry"])
+
+    def finish(self, works: list[Work]) -> None:
+        """Waits for the tasks, after also publishing what earlier runs had committed."""
+        import ray
+
+        for work in works:
+            for folder, retry in work.waiting:
+                if folder not in self.tasks:
+                    self._publish(work.destination, folder, retry)
+        ray.get(list(self.tasks.values()))
+
+    def _publish(self, destination: str, folder: str, retry: bool) -> None:
+        import ray
+
+        task = ray.remote(num_cpus=TASK_CPUS)(publish)
+        self.tasks[folder] = task.remote(self.store, destination, folder, retry, self.schema)
+
+
+def _folder(unit: Unit) -> str:
+    """Where the units of one shard wait."""
+    return str(unit["staged"]).rpartition("/")[0]

@@ -1,0 +1,134 @@
+"""OpenAI's chat completions as JSON: requests from units, outputs from replies, what follows from a failure. Pure."""
+
+import dataclasses
+import email.utils
+import json
+import random
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from deltaray.generate.requests import Output, failed, request_seed
+
+if TYPE_CHECKING:
+    import openai
+
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 60.0  # seconds before the first repeat of a request; doubled up to the longest
+LONGEST_WAIT = 3600.0  # seconds that a server may ask to wait; one that wants more has run out of a quota
+LARGEST_SEED = 2**31 - 1  # servers differ in what integer they take; all take 31 bits
+REFUSALS = (401, 402, 404)  # no such key, no money, no such model: every other row would hear the same
+PASSING = (408, 409, 425, 429)  # these and the server's errors may be gone at the next try
+
+
+@dataclasses.dataclass(frozen=True)
+class Trouble:
+    """Why a request has no answer."""
+
+    words: str
+    again: bool  # whether it is worth repeating
+    everybody: bool = False  # whether, once it is not repeated any more, other requests would fare no better
+    wait: float = 0.0  # seconds that the server asks everybody to wait
+
+
+def trouble_of(error: Exception, answered: bool) -> Trouble:
+    """What follows from an error of the client's. Pure.
+
+    A 403 is everybody's until the server has `answered` somebody: some say it of a prompt that they will not see.
+    """
+    import httpx2
+    import openai
+
+    if isinstance(error, openai.APIStatusError):
+        words, status = f"HTTP {error.status_code}: {_said(error)}", error.status_code
+        if status in REFUSALS or (status == 403 and not answered) or error.code == "insufficient_quota":
+            return Trouble(words, again=False, everybody=True)
+        if status not in PASSING and status < 500:
+            return Trouble(words, again=False)
+        wait = retry_after(error.response.headers)
+        return Trouble(words, again=wait <= LONGEST_WAIT, everybody=wait > LONGEST_WAIT, wait=wait)
+    if isinstance(error, TimeoutError):
+        return Trouble("the server took longer than `timeout` allows", again=True)
+    if isinstance(error, openai.OpenAIError):
+        unreachable = isinstance(error.__cause__, httpx2.ConnectError | httpx2.ConnectTimeout)
+        return Trouble(f"{error} {error.__cause__ or ''}".strip(), again=True, everybody=unreachable)
+    return Trouble(f"unusable answer: {error}", again=True)
+
+
+def _said(error: "openai.APIStatusError") -> str:
+    """The message in the server's answer, or all of it."""
+    body = error.body
+    said = body.get("message") if isinstance(body, Mapping) else body
+    return str(said or error.response.text or error.response.reason_phrase)
+
+
+def retry_after(headers: Mapping[str, str]) -> float:
+    """Seconds that a server asks to wait (0 if it does not), given as seconds or as a date."""
+    value = headers.get("retry-after", "")
+    try:
+        seconds = float(value)
+    except ValueError:
+        date = email.utils.parsedate_tz(value)
+        seconds = email.utils.mktime_tz(date) - time.time() if date else 0.0
+    return max(seconds, 0.0) if seconds == seconds else 0.0  # not for nan
+
+
+def pause_before(attempt: int) -> float:
+    """Seconds to pause after failure number `attempt` (from 0): doubled each time; drawn, so that repeats spread."""
+    return min(FIRST_PAUSE * 2.0 ** min(attempt, 30), LONGEST_PAUSE) * random.uniform(0.5, 1.0)
+
+
+def request_body(unit: Mapping[str, Any], place: int, sample: int, extra: Mapping[str, Any]) -> dict[str, Any]:
+    """The JSON that asks for one answer of a unit's prompt. Pure.
+
+    The sampling comes in vLLM's words; what is off (no stop strings, top_k 0) is not sent, for servers of others do
+    not know all of it. `extra` has the last word, and its nulls drop fields.
+    """
+    fields = json.loads(unit["sampling"])
+    base = fields.pop("seed", 0)
+    if base is not None and fields.get("temperature", 1.0) > 0:
+        fields["seed"] = request_seed(base, unit["prompt_ids"][place], sample) & LARGEST_SEED
+    if fields.get("top_k", 0) <= 0:
+        fields.pop("top_k", None)
+    if not fields.get("stop"):
+        fields.pop("stop", None)
+    body = {"model": unit["model"], "messages": unit["messages"][place]} | fields | dict(extra)
+    return {name: value for name, value in body.items() if value is not None}
+
+
+def output_of(reply: Any, split: bool) -> Output:
+    """Ours from a chat completion's JSON; ValueError if it is none. Pure.
+
+    Args:
+        split: the model thinks, so that `</think>` in the text ends its reasoning (if the server left it there).
+    """
+    try:
+        choice = reply["choices"][0]
+        reason, message = choice["finish_reason"], choice["message"]
+        text = message.get("content") or ""
+        reasoning = message.get("reasoning_content") or message.get("reasoning")
+        tokens = int((reply.get("usage") or {}).get("completion_tokens") or 0)
+    except (LookupError, TypeError, AttributeError):
+        raise ValueError(f"no chat completion: {json.dumps(reply)}") from None
+    if reason not in ("stop", "length"):
+        return failed(readable(f"the server ended the answer: {reason}"))
+    if not isinstance(text, str) or not isinstance(reasoning, str | None):
+        return failed("the server's answer is not one text")
+    if split and not reasoning:
+        text, reasoning = split_reasoning(text)
+    answer = readable(text.lstrip() if reasoning else text)  # white space at the seam belongs to the template
+    reasoning = readable(reasoning.strip()) if reasoning else None
+    fields = {"text": answer, "reasoning": reasoning, "finish_reason": reason, "error": None}
+    return {"token_ids": [], "tokens": tokens, **fields}
+
+
+def split_reasoning(text: str) -> tuple[str, str | None]:
+    """(answer, reasoning or None); an answer that was cut while it reasoned is empty. Pure."""
+    thought, end, answer = text.partition("</think>")
+    if not end and not text.lstrip().startswith("<think>"):
+        return text, None
+    return answer.lstrip(), thought.strip().removeprefix("<think>")
+
+
+def readable(text: str) -> str:
+    """The text with U+FFFD for half characters, which JSON may hold and Arrow may not. Pure."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

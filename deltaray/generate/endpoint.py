@@ -1,0 +1,219 @@
+"""A server that speaks OpenAI's chat completions as a teacher: the same small door as vLLM's engine.
+
+`openai` does the talking, the repeating is ours: its client counts no repeat against a rate limit, gives up after
+seconds of an outage, and neither repeats a garbled answer nor lets one pause that the server asks for hold back all.
+"""
+
+import asyncio
+import dataclasses
+import logging
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from deltaray.errors import StageError, UserError
+from deltaray.generate.completions import (
+    LONGEST_PAUSE,
+    Trouble,
+    output_of,
+    pause_before,
+    readable,
+    request_body,
+    trouble_of,
+)
+from deltaray.generate.requests import Output, failed
+from deltaray.recipe import models
+
+log = logging.getLogger(__name__)
+
+CONNECT_SECONDS = 30.0
+WORDS = 500  # characters kept of what a server says: some answer with a whole page
+NO_KEY = "EMPTY"  # sent where no key is wanted; without one openai's client would send OPENAI_API_KEY to anybody
+OURS = ("model", "messages", "n", "stream")  # fields that `body` cannot set
+
+
+@dataclasses.dataclass(frozen=True)
+class EndpointSpec:
+    """What reaches a server. It carries the name of the key's environment variable, never the key.
+
+    The variable must be set where the replica's process starts. Ray started by the command inherits the command's
+    environment; on the nodes of a running cluster it must be set for `ray start`. (Ray's runtime environment would
+    carry it there, but also shows it to everybody who can see the cluster's state.)
+
+    One replica does it all, since limits are kept within a process: replicas or runs side by side add up.
+    """
+
+    model: str  # how the server calls it
+    url: str
+    key_variable: str | None = None
+    in_flight: int = 64  # requests at once
+    requests_per_minute: float | None = None
+    retries: int = 8
+    timeout: float = 600.0  # seconds that one attempt may take
+    body: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # further fields of a request; null drops one
+    cpus: float = 0.25
+    gpus: float = 0.0
+    min_replicas: int = 1
+    max_replicas: int = 1
+
+    @classmethod
+    def of(cls, model: str, endpoint: models.Endpoint) -> "EndpointSpec":
+        """The spec of a recipe's `endpoint` section."""
+        return cls(model, **endpoint.model_dump())
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {}
+
+    @property
+    def ray_options(self) -> dict[str, Any]:
+        return {}
+
+    @property
+    def requests_in_flight(self) -> int:
+        return self.in_flight
+
+    def start(self) -> "Endpoint":
+        """The client, in this process; StageError if the key's variable is not set here."""
+        key = None
+        if self.key_variable is not None:
+            key = os.environ.get(self.key_variable, "").strip()
+            if not key:
+                raise StageError(
+                    f"{self.url}: the environment variable {self.key_variable} is not set on the node where the "
+                    "replica runs; set it on every node before `ray start`"
+                )
+        return Endpoint(self, key)
+
+
+def check_endpoint(endpoint: models.Endpoint, key: str) -> None:
+    """Raises UserError unless the section `key` of a recipe can work from here; asks no server."""
+    if not endpoint.url.startswith(("http://", "https://")):
+        raise UserError(f"{key}.url: {endpoint.url!r} is no address such as https://host/v1")
+    if ours := [name for name in OURS if name in endpoint.body]:
+        raise UserError(f"{key}.body: {ours[0]} is set by deltaray; remove it")
+    variable = endpoint.key_variable
+    if variable is None:
+        return
+    secret = os.environ.get(variable, "").strip()
+    if not secret:
+        raise UserError(
+            f"{key}.key_variable: the environment variable {variable} is not set; "
+            f"`export {variable}=…` before the command, and on the nodes of a running cluster before `ray start`"
+        )
+    if not secret.isascii() or any(letter.isspace() for letter in secret):
+        raise UserError(f"{key}.key_variable: what {variable} holds is no key: it has spaces or letters beyond ASCII")
+
+
+class Endpoint:
+    """Asks the server for the answers of several units at once, within the spec's limits.
+
+    A request that fails for good becomes an answer with finish_reason "error" and the server's words; a server that
+    refuses everybody, or that cannot be reached, ends it all.
+    """
+
+    def __init__(self, spec: EndpointSpec, key: str | None) -> None:
+        import httpx2
+        import openai
+
+        limits = httpx2.Limits(max_connections=None, max_keepalive_connections=spec.in_flight)
+        self._client = openai.AsyncOpenAI(
+            api_key=key or NO_KEY,
+            base_url=spec.url,
+            timeout=openai.Timeout(spec.timeout, connect=min(spec.timeout, CONNECT_SECONDS)),
+            max_retries=0,
+            http_client=openai.DefaultAsyncHttpxClient(limits=limits),
+        )
+        self._spec, self._key = spec, key
+        self._slots = asyncio.Semaphore(spec.in_flight)
+        self._pace = Pace(spec.requests_per_minute)
+        self._answered = False  # whether the server ever answered a request
+        self._stopped: str | None = None  # why nothing more is asked
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    async def generate(self, unit: Mapping[str, Any]) -> list[list[Output]]:
+        """The answers of a unit, one list per prompt with one `Output` per entry of the unit's `samples`.
+
+        Raises StageError when the server refuses everybody or cannot be reached.
+        """
+        self._loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [
+                    [group.create_task(self._answer(unit, place, sample)) for sample in unit["samples"]]
+                    for place in range(len(unit["prompt_ids"]))
+                ]
+        except ExceptionGroup as errors:
+            raise errors.exceptions[0] from None
+        return [[task.result() for task in row] for row in tasks]
+
+    def close(self) -> None:
+        """Drops the connections; may be called from any thread."""
+        if self._loop is not None and self._loop.is_running():
+            asyncio.run_coroutine_threadsafe(self._client.close(), self._loop)
+
+    async def _answer(self, unit: Mapping[str, Any], place: int, sample: int) -> Output:
+        """One answer. The slot is kept through the pauses, so that a troubled server is asked less."""
+        body = request_body(unit, place, sample, self._spec.body)
+        async with self._slots:
+            attempt = 0
+            while isinstance(result := await self._attempt(unit, body), Trouble):
+                if not result.again or attempt == self._spec.retries:
+                    return self._give_up(result)
+                level = logging.WARNING if result.wait > LONGEST_PAUSE else logging.INFO
+                log.log(level, "%s: repeating a request in %g s: %s", self._spec.url, result.wait, result.words)
+                self._pace.hold(result.wait)
+                await asyncio.sleep(result.wait + pause_before(attempt))
+                attempt += 1
+        return result
+
+    async def _attempt(self, unit: Mapping[str, Any], body: dict[str, Any]) -> Output | Trouble:
+        import openai
+
+        await self._pace.turn()
+        if self._stopped is not None:
+            raise StageError(self._stopped)
+        try:
+            async with asyncio.timeout(self._spec.timeout):  # the client's own is per read, not for all of it
+                reply = await self._client.post("/chat/completions", cast_to=object, body=body)
+            output = output_of(reply, bool(unit["reasoning"]))
+        except (openai.OpenAIError, TimeoutError, ValueError) as error:
+            return self._without_key(trouble_of(error, self._answered))
+        self._answered = True
+        return output
+
+    def _without_key(self, trouble: Trouble) -> Trouble:
+        """Servers quote keys that they do not know."""
+        words = trouble.words.replace(self._key, "[key]") if self._key else trouble.words
+        return dataclasses.replace(trouble, words=readable(words)[:WORDS])
+
+    def _give_up(self, trouble: Trouble) -> Output:
+        """The failed answer of one row, or the end of everything."""
+        if not trouble.everybody:
+            return failed(trouble.words)
+        self._stopped = (
+            f"{self._spec.url} gives no answers of {self._spec.model}: {trouble.words} (key_variable: "
+            f"{self._spec.key_variable}); when that is mended, the same command goes on from here"
+        )
+        raise StageError(self._stopped)
+
+
+class Pace:
+    """Lets requests go at an even rate, and none while the server wants a pause."""
+
+    def __init__(self, per_minute: float | None) -> None:
+        self._interval = 60 / per_minute if per_minute else 0.0
+        self._next = 0.0  # on the loop's clock
+        self._turns = asyncio.Lock()  # first come, first served
+
+    async def turn(self) -> None:
+        """Returns when the next request may go."""
+        clock = asyncio.get_running_loop().time
+        async with self._turns:
+            while (wait := self._next - clock()) > 0:
+                await asyncio.sleep(wait)
+            self._next = clock() + self._interval
+
+    def hold(self, seconds: float) -> None:
+        """Nobody goes for so long."""
+        self._next = max(self._next, asyncio.get_running_loop().time() + seconds)

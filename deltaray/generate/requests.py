@@ -1,0 +1,62 @@
+"""What vLLM is asked and what it answers: seeds, sampling parameters, outputs. Needs vllm only where it makes them."""
+
+import functools
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Any
+
+Output = dict[str, Any]
+"""One answer: token_ids (the end token included), tokens, text (without special tokens and without the reasoning),
+reasoning (or None), finish_reason (stop | length | error), error (what went wrong, or None)."""
+
+
+def request_seed(base: int, prompt_id: str, sample: int) -> int:
+    """The seed of one answer: the same in every run, process and place, different for every answer."""
+    key = json.dumps([base, prompt_id, sample]).encode()
+    digest = hashlib.blake2b(key, digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1  # vLLM wants a signed 64 bit number
+
+
+def sampling_parameters(
+    settings: str, prompt_ids: Sequence[str], samples: Sequence[int], keep_special: bool = False
+) -> list[Any]:
+    """vLLM's SamplingParams of every (prompt, sample index), samples innermost.
+
+    `settings` is JSON in vLLM's own words. `seed` (default 0) is the base of every answer's own seed; null leaves
+    sampling unseeded: a little faster on GPUs, not repeatable. Greedy decoding needs and gets none. `keep_special`
+    leaves special tokens in the texts.
+    """
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    fields = json.loads(settings)
+    base = fields.pop("seed", 0)
+    if "n" in fields:
+        raise ValueError("n is the unit's `samples`")
+    fields |= {"output_kind": RequestOutputKind.FINAL_ONLY} | ({"skip_special_tokens": False} if keep_special else {})
+    make = functools.partial(SamplingParams, **fields)
+    seeded = base is not None and fields.get("temperature", 1.0) > 0
+    return [
+        make(seed=request_seed(base, prompt_id, sample) if seeded else None)
+        for prompt_id in prompt_ids
+        for sample in samples
+    ]
+
+
+def output_of(completion: Any) -> Output:
+    """Ours from vLLM's `CompletionOutput`; a reason that is neither stop nor length is an error."""
+    reason, error = completion.finish_reason, None
+    if reason not in ("stop", "length"):
+        reason, error = "error", f"vLLM ended the request: {reason}"
+    return _output(list(completion.token_ids), completion.text, reason, error)
+
+
+def failed(message: str) -> Output:
+    """The answer of a prompt that could not be answered."""
+    return _output([], "", "error", message)
+
+
+def _output(ids: list[int], text: str, reason: str, error: str | None) -> Output:
+    fields = {"text": text, "reasoning": None, "finish_reason": reason, "error": error}
+    return {"token_ids": ids, "tokens": len(ids), **fields}

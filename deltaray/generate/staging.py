@@ -1,0 +1,150 @@
+"""From finished units to published shards: each response visible exactly once, whatever dies in between.
+
+Units are committed one by one under `.deltaray/units/<destination>/<identity>/<shard>/`, where no reader looks. When
+nothing of a shard is missing any more, they become one file of `<destination>`, and only then are they deleted. A
+crash between the two leaves units whose keys are published already: publishing drops such keys, so it can be repeated
+at any time. The identity (`generate/identity.py`) keeps what was made with other settings apart.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from deltaray.contracts import RESPONSES
+from deltaray.generate.identity import identity_digest
+from deltaray.prompts.shards import shard_name
+from deltaray.store import Store, keys_of
+
+UNITS = ".deltaray/units"
+ROW_GROUP = 8192
+"""Rows of a published file's row groups: few enough to hold in memory, enough to compress well."""
+KEYS = ["prompt_id", "sample"]
+RETRY = "-retry"
+
+
+def folder_of(destination: str, identity: str, shard: str, retry: bool = False) -> str:
+    """Where the units of a shard wait; second attempts at failed rows wait apart."""
+    return f"{UNITS}/{destination}/{identity}{RETRY if retry else ''}/{shard}"
+
+
+def staged_files(store: Store, folder: str) -> list[str]:
+    return store.committed(folder)
+
+
+def keys_in(store: Store, files: list[str]) -> pa.Table:
+    """Columns prompt_id and sample of all rows of the files."""
+    empty = pa.schema([RESPONSES.field(name) for name in KEYS]).empty_table()
+    return pa.concat_tables([empty, *(store.read_table(file, KEYS) for file in files)])
+
+
+def failed_rows(store: Store, files: list[str]) -> pa.Table:
+    """The keys of all rows that count as failed."""
+    tables = (store.read_table(file, [*KEYS, "error"]) for file in files)
+    return pa.concat_tables(
+        [keys_in(store, []), *(table.filter(pc.field("error").is_valid()).select(KEYS) for table in tables)]
+    )
+
+
+def waiting_folders(store: Store, destination: str, identity: str) -> Iterator[tuple[str, bool]]:
+    """(folder, retry) of every shard of a destination of which units wait."""
+    for retry in (False, True):
+        root = folder_of(destination, identity, "", retry).rstrip("/")
+        for shard in store.folders(root):
+            if staged_files(store, f"{root}/{shard}"):
+                yield f"{root}/{shard}", retry
+
+
+def rows_done(store: Store, destination: str) -> int:
+    """Rows that are published, and those that wait: not second attempts, and of a teacher only its present settings."""
+    definition = store.definition(destination)
+    present = None if definition is None else identity_digest(definition)
+    waiting = [
+        file
+        for file in store.listing(f"{UNITS}/{destination}")
+        if (identity := file.removeprefix(f"{UNITS}/{destination}/").partition("/")[0]) == present
+        or (present is None and not identity.endswith(RETRY))
+    ]
+    return store.count_rows(destination) + sum(map(store.count, waiting))
+
+
+# --- publishing -------------------------------------------------------------------------------------------------
+def publish(store: Store, destination: str, folder: str, retry: bool, schema: pa.Schema) -> int:
+    """Makes the units in the folder of a shard visible as one file and deletes them; returns how many rows that were.
+
+    Second attempts replace the rows that failed, in the files in which these are.
+    """
+    shard = folder.rpartition("/")[2]
+    staged = staged_files(store, folder)
+    published = [path for path in store.committed(destination) if shard_name(path).startswith(f"{shard}-")]
+    if retry:
+        rows = sum(_replace(store, path, staged, schema) for path in published)
+    else:
+        rows = _publish_new(store, destination, shard, staged, published, schema)
+    store.delete(staged)
+    return rows
+
+
+def _publish_new(
+    store: Store, destination: str, shard: str, staged: list[str], published: list[str], schema: pa.Schema
+) -> int:
+    seen = keys_of(keys_in(store, published))
+    sink, rows = pa.BufferOutputStream(), 0
+    with pq.ParquetWriter(sink, schema, compression="zstd") as writer:
+        for table in _groups(store, staged, seen, schema):
+            writer.write_table(table)
+            rows += len(table)
+    if rows:
+        digest = hashlib.sha256("\n".join(staged).encode()).hexdigest()[:8]
+        store.write_bytes(f"{destination}/{shard}-{digest}.parquet", sink.getvalue())
+    return rows
+
+
+def _groups(store: Store, files: list[str], seen: pa.ChunkedArray, schema: pa.Schema) -> Iterator[pa.Table]:
+    """The files' rows in large groups, without those whose key was there before."""
+    waiting: list[pa.Table] = []
+    for file in files:
+        table = store.read_table(file, schema=schema)
+        keys = keys_of(table)
+        waiting.append(table.filter(pc.invert(pc.is_in(keys, value_set=seen.combine_chunks()))))
+        seen = pa.chunked_array([*seen.chunks, *keys.chunks])
+        if sum(map(len, waiting)) >= ROW_GROUP:
+            yield pa.concat_tables(waiting)
+            waiting = []
+    if waiting:
+        yield pa.concat_tables(waiting)
+
+
+def _replace(store: Store, path: str, staged: list[str], schema: pa.Schema) -> int:
+    """Puts the staged rows in the place of the rows of `path` that have their keys."""
+    before = store.read_table(path, schema=schema)
+    now = pa.concat_tables([schema.empty_table(), *(store.read_table(file, schema=schema) for file in staged)])
+    now = now.filter(pc.is_in(keys_of(now), value_set=keys_of(before).combine_chunks()))
+    if not len(now):
+        return 0
+    kept = before.filter(pc.invert(pc.is_in(keys_of(before), value_set=keys_of(now).combine_chunks())))
+    _forget_derived(store, path)
+    store.write_table(path, pa.concat_tables([kept, now]), schema, row_group_size=ROW_GROUP)
+    return len(now)
+
+
+def _forget_derived(store: Store, path: str) -> None:
+    """Drops what was worked out from a file of responses that is about to change; it is worked out anew."""
+    kind, _, rest = path.partition("/")
+    if kind != "responses":
+        return
+    derived = [f"{top}/{folder}/{rest}" for top in ("scores", "references") for folder in store.folders(top)]
+    store.delete([*derived, *store.committed(".deltaray/pairs", suffix=".json")])
+
+
+# --- what failed ------------------------------------------------------------------------------------------------
+def failures(store: Store, files: list[str]) -> dict[str, int]:
+    """How many rows failed, by kind (what stands before the colon of `error`), most frequent first."""
+    counts: Counter[str] = Counter()
+    for file in files:
+        errors = store.read_table(file, ["error"])["error"].drop_null()
+        counts.update(error.partition(":")[0] for error in errors.to_pylist())
+    return dict(counts.most_common())
