@@ -67,7 +67,7 @@ def _ids_or_refusal(tokenizer: Any, messages: list[Message]) -> tuple[list[int],
 
 
 def _render(tokenizer: Any, messages: Any, **options: Any) -> Any:
-    arguments = tokenizer.template_arguments | options
+    arguments = getattr(tokenizer, "template_arguments", {}) | options
     return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, **arguments)
 
 

@@ -22,9 +22,11 @@ Overrides = Annotated[
     list[str], typer.Option("--set", metavar="KEY.PATH=VALUE", help="Overrides a key of the recipe; repeatable.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable output on stdout.")]
-Out = Annotated[Path, typer.Argument(metavar="OUT", help="A study's output folder.")]
+Out = Annotated[str, typer.Argument(metavar="OUT", help="A study's output: a folder, or s3://… and the like.")]
 
 INTERRUPTED = 130
+MIN_CALIBRATED = 8
+"""Prompts: fewer tell nothing about a spread."""
 
 
 def main() -> NoReturn:
@@ -52,8 +54,9 @@ def _exit(terminal: Terminal, code: int) -> NoReturn:
 
     Shutting Ray down under such a thread ends the whole process from inside Ray with code 1 and no message.
     """
-    if code == 0:
-        sys.exit()
+    ray = sys.modules.get("ray")
+    if code == 0 or ray is None or not ray.is_initialized():
+        sys.exit(code)
     terminal.out.file.flush()
     terminal.err.file.flush()
     os._exit(code)
@@ -75,11 +78,11 @@ def _quiet_libraries() -> None:
         os.environ.setdefault(name, value)
 
 
-def _pipeline(context: typer.Context, recipe: Path, overrides: list[str]) -> Any:
+def _pipeline(context: typer.Context, recipe: Path, overrides: list[str], retry_failed: bool = False) -> Any:
     from deltaray.pipeline import Pipeline
     from deltaray.recipe import load_recipe
 
-    return Pipeline(load_recipe(recipe, overrides), context.obj)
+    return Pipeline(load_recipe(recipe, overrides), context.obj, retry_failed)
 
 
 @app.command()
@@ -123,7 +126,19 @@ def _stage_command(stage: str, help_text: str) -> None:
     app.command(stage, help=help_text)(command)
 
 
-_stage_command("generate", "Teacher responses.")
+@app.command()
+def generate(
+    context: typer.Context,
+    recipe: RecipePath,
+    overrides: Overrides = [],  # noqa: B006
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Try the responses again that failed in earlier runs.")
+    ] = False,
+) -> None:
+    """Teacher responses."""
+    _pipeline(context, recipe, overrides, retry_failed).run(["generate"])
+
+
 _stage_command("pair", "Pair shards and the funnel.")
 _stage_command("train", "Reference log-probs and the students.")
 _stage_command("evaluate", "Benchmarks of the students and the teachers.")
@@ -135,14 +150,29 @@ def plan(
     recipe: RecipePath,
     overrides: Overrides = [],  # noqa: B006
     as_json: AsJson = False,
+    calibrate: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=MIN_CALIBRATED,
+            help="Measures N prompts per teacher first; best twice as many as one engine has in its batch.",
+        ),
+    ] = None,
 ) -> None:
-    """What each stage will run, where, on how much. Starts and writes nothing."""
+    """What each stage will run, where, on how much. Starts and writes nothing but to calibrate."""
+    from deltaray.calibrate.run import calibrate as run_calibration
+    from deltaray.calibrate.run import latest_prediction
+    from deltaray.calibrate.table import calibration_json, calibration_table, prediction_lines
     from deltaray.plan import plan_json
 
     pipeline = _pipeline(context, recipe, overrides)
     items, capacity = pipeline.plan()
+    if calibrate is not None:
+        run_calibration(pipeline.study, pipeline.store, calibrate, context.obj)
+    latest = latest_prediction(pipeline.study, pipeline.store, items)
     if as_json:
-        context.obj.result_json(plan_json(pipeline.study, pipeline.store, items, capacity))
+        found = calibration_json(*latest) if latest else {}
+        context.obj.result_json(plan_json(pipeline.study, pipeline.store, items, capacity) | found)
         return
     table = Table(title=f"{pipeline.recipe.name} -> {pipeline.store.out}", title_justify="left")
     for column in ("stage", "what", "done", "of", "unit", "where"):
@@ -154,6 +184,10 @@ def plan(
     if pipeline.recipe.miniature and any(item.total is None for item in items[:1]):
         context.obj.result("the miniature family is made first (once, then cached)")
     context.obj.result(f"cluster: {capacity.cpus:g} CPUs, {capacity.gpus:g} GPUs")
+    if latest:
+        context.obj.out.print(calibration_table(*latest))
+        for line in prediction_lines(*latest):
+            context.obj.result(line)
 
 
 @app.command()
@@ -167,11 +201,10 @@ def status(context: typer.Context, out: Out, as_json: AsJson = False) -> None:
 @app.command()
 def report(context: typer.Context, out: Out) -> None:
     """Writes the HTML report of a study from what its folder holds."""
-    from deltaray.report.build import build_report
-    from deltaray.runtime.preflight import check_study_folder
+    from deltaray.report import write_report
+    from deltaray.status import open_study
 
-    check_study_folder(out)
-    context.obj.result(str(build_report(out)))
+    context.obj.result(write_report(open_study(out)))
 
 
 if __name__ == "__main__":

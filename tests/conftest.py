@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from deltaray.recipe import Recipe, load_recipe, shipped_recipe
+from deltaray.runtime.session import init_ray
 from deltaray.store import Store
 
 ROOT = Path(__file__).parent.parent
@@ -23,7 +24,8 @@ def ray_session() -> Iterator[Any]:
     import ray
 
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-    ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False, object_store_memory=256 * 2**20)
+    arguments = {"num_cpus": 8, "include_dashboard": False, "log_to_driver": False}
+    init_ray(arguments | {"object_store_memory": 256 * 2**20})
     yield ray
     ray.shutdown()
 

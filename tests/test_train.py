@@ -60,7 +60,13 @@ def fill_store(store):
             "big": [str(number * 8) for number in numbers],
             "small": [f"i guess {number}" * (1 + number % 3) for number in numbers],
         }
-        prompts = {"prompt_id": ids, "messages": messages, "answer": texts["big"], "source": ["test"] * len(ids)}
+        prompts = {
+            "prompt_id": ids,
+            "messages": messages,
+            "answer": texts["big"],
+            "source": ["test"] * len(ids),
+            "error": [None] * len(ids),
+        }
         store.write_table(f"{Store.prompts}/{name}.parquet", pa.table(prompts, schema=PROMPTS), PROMPTS)
         for teacher, answers in texts.items():
             rows = [_response(teacher, *item) for item in zip(ids, answers, strict=True)]
@@ -72,7 +78,14 @@ def fill_store(store):
 
 
 def _response(teacher, prompt_id, text):
-    ids = {"prompt_token_ids": [], "token_ids": [], "tokens": 0, "finish_reason": "stop", "error": None}
+    ids = {
+        "prompt_token_ids": [],
+        "token_ids": [],
+        "tokens": 0,
+        "finish_reason": "stop",
+        "error": None,
+        "reasoning": None,
+    }
     return {"prompt_id": prompt_id, "sample": 0, "teacher": teacher, "text": text, **ids}
 
 

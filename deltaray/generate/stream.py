@@ -18,6 +18,7 @@ Packed = dict[str, bytes]
 
 TASK_CPUS = 0.25  # what a load or write task reserves in Ray
 ENGINE_RETRIES = 3  # how often a unit is repeated after its engine died; then the stream fails, not for ever
+QUEUE = 2  # units handed to a replica of a pool that can grow, as a multiple of those it runs at once
 MOST_IN_FLIGHT = 16  # units in one engine at once: each is a thread of the actor and a unit in its memory
 
 
@@ -105,10 +106,12 @@ def _dataset(
     # One loading and one writing task per engine keep up with it, and keep small machines small.
     tasks = {"num_cpus": TASK_CPUS, "compute": ray.data.TaskPoolStrategy(size=replicas)}
     dataset = dataset.map(_task("load", load), **tasks)
+    smallest = min(spec.min_replicas, replicas)
     pool = ray.data.ActorPoolStrategy(
-        min_size=min(spec.min_replicas, replicas),
+        min_size=smallest,
         max_size=replicas,
-        max_tasks_in_flight_per_actor=in_flight,
+        # Ray Data adds replicas only while more units are handed to the present ones than these run at once
+        max_tasks_in_flight_per_actor=in_flight if smallest == replicas else QUEUE * in_flight,
         max_concurrent_calls_per_actor=in_flight,
     )
     warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")  # no named one bounds the retries

@@ -119,13 +119,13 @@ def start_ray(cluster: Cluster) -> Capacity:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if not ray.is_initialized():
         on_sigterm = signal.getsignal(signal.SIGTERM)
-        _init(_init_arguments(cluster))
+        init_ray(_init_arguments(cluster))
         signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own would end the driver before it can say how to resume
     resources = ray.cluster_resources()
     return Capacity(max(resources.get("CPU", 0), cluster.cpus or 0), max(resources.get("GPU", 0), cluster.gpus or 0))
 
 
-def _init(arguments: dict[str, Any]) -> None:
+def init_ray(arguments: dict[str, Any]) -> None:
     """`ray.init`, repeated on a machine so busy that Ray's processes need longer than the 30 s it gives them."""
     import ray
 
