@@ -47,7 +47,8 @@ def generation_items(study: Study, store: Store, prompts: int | None, capacity: 
     for name in study.paired_teachers():
         teacher = study.teachers[name]
         total = None if prompts is None else prompts * teacher.sampling.samples
-        done = rows_done(store, Store.responses(name))
+        stored = rows_done(store, Store.responses(name))
+        done = stored if total is None else min(stored, total)  # an earlier recipe may have asked for more samples
         items.append(Item("generate", name, "responses", total, done, _place(teacher, capacity)))
     return items
 

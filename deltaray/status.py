@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
+from deltaray.calibrate.compare import compare
 from deltaray.errors import UserError
 from deltaray.generate.staging import RETRY, UNITS, failures
 from deltaray.plan import Item, make_plan, stages_of
@@ -37,11 +38,15 @@ def study_status(out: str, terminal: Terminal, as_json: bool) -> None:
     stages = stages_of(items)
     teachers = [_teacher_row(store, item) for item in stages.get("generate", [])]
     rows = [_stage_row(store, stage, group, teachers) for stage, group in stages.items()]
+    predicted = compare(store)
     if as_json:
-        return terminal.result_json({"out": store.out, "stages": rows, "teachers": teachers})
+        return terminal.result_json({"out": store.out, "stages": rows, "teachers": teachers, "prediction": predicted})
     title = f"{recipe.name} -> {store.out}"
     terminal.out.print(_table(title, rows, ("stage", "done", "total", "unit", "rate", "seconds_left")))
     terminal.out.print(_table("teachers", teachers, ("teacher", "done", "total", "rate", "seconds_left", "failed")))
+    if predicted:
+        title = "what calibration predicted for generate, with 95 % intervals, and what it took"
+        terminal.out.print(_table(title, predicted, ("what", "predicted", "low", "high", "truth", "off")))
 
 
 def open_study(out: str) -> Store:

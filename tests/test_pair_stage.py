@@ -125,3 +125,15 @@ def test_new_responses_make_pairs_anew(stores: list[Store], student: str) -> Non
     assert not is_paired(study, stores[0], "all")
     score(study, stores[0])
     assert pair(study, stores[0])["all"] == 36
+
+
+def test_samples_beyond_those_that_the_recipe_asks_for_take_no_part(stores: list[Store], student: str) -> None:
+    store, study = stores[1], study_at(Path(stores[1].out), student)
+    before = pairs_of(store, "all")
+    for teacher in ("weak", "weaker"):
+        table = store.read_table(f"{Store.responses(teacher)}/part-00000-abc.parquet", schema=RESPONSES)
+        second = table.set_column(1, RESPONSES.field("sample"), pa.array([1] * len(table), pa.int32()))
+        store.write_table(f"{Store.responses(teacher)}/part-00000-def.parquet", second, RESPONSES)
+    score(study, store)
+    assert not is_paired(study, store, "all") and pair(study, store)["all"] == len(before)
+    assert pairs_of(store, "all") == before

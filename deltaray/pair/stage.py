@@ -26,7 +26,13 @@ def inputs_of(study: Study, store: Store, name: str) -> str:
     if pairing.scorer:
         folders += [Store.scores(pairing.scorer, teacher) for teacher in (pairing.chosen, pairing.rejected)]
     files = [path for folder in folders for path in store.committed(folder)]
-    return hashlib.sha256("\n".join(files).encode()).hexdigest()[:16]
+    return hashlib.sha256("\n".join([*files, str(_samples(study, name))]).encode()).hexdigest()[:16]
+
+
+def _samples(study: Study, name: str) -> dict[str, int]:
+    """How many samples of each side take part; an earlier recipe may have asked for more."""
+    pairing = study.pairings[name]
+    return {teacher: study.teachers[teacher].sampling.samples for teacher in (pairing.chosen, pairing.rejected)}
 
 
 def is_paired(study: Study, store: Store, name: str) -> bool:
@@ -58,6 +64,7 @@ def _units(study: Study, store: Store, name: str, ceiling: int | None, write: bo
             "pairing": name,
             "prompts": path,
             "spec": study.pairings[name].model_dump(mode="json"),
+            "samples": _samples(study, name),
             "student": student.model_dump(mode="json"),
             "ceiling": ceiling,
             "write": write,
@@ -85,7 +92,10 @@ def pair_shard(store: Store, unit: dict[str, Any]) -> dict[str, Any]:
     pairing, student = Pairing(**unit["spec"]), Student(**unit["student"])
     prompts = store.read_table(unit["prompts"], PROMPTS.names)
     shard = shard_name(unit["prompts"])
-    sides = [_scored_responses(store, pairing.scorer, side, shard) for side in (pairing.chosen, pairing.rejected)]
+    sides = [
+        _scored_responses(store, pairing.scorer, side, shard).filter(pc.field("sample") < unit["samples"][side])
+        for side in (pairing.chosen, pairing.rejected)
+    ]
     filters = rules(pairing, student.max_length)
     if unit["write"] and pairing.limit:
         filters.append(("limit", lambda pair: draw_key(pair, 0) <= unit["ceiling"]))
