@@ -6,7 +6,7 @@ This is the Python API behind the command line: `Pipeline(load_recipe(path)).run
 import os
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -32,6 +32,7 @@ from deltaray.runtime.session import (
     stop_ray,
 )
 from deltaray.runtime.terminal import StageProgress, Terminal
+from deltaray.runtime.watch import RayletWatch
 from deltaray.store import Store
 
 STAGES = ("generate", "pair", "train", "evaluate", "report")
@@ -49,6 +50,7 @@ class Pipeline:
         self.study: Study = expand(recipe)
         self.store = Store(recipe.out)
         self.capacity: Capacity | None = None
+        self.watch: RayletWatch | None = None
         self.worked = self.bound = False
         self.named_log: Path | None = None
         self.records: list[dict[str, Any]] = []
@@ -109,6 +111,8 @@ class Pipeline:
         with ExitStack() as alone:
             self._prepare(alone)
             self._run_stages(wanted, self._log_file())
+        if self.watch is not None:
+            self.watch.stop()
         with self.terminal.chatter_to(Path(os.devnull)):  # processes complain while they are ended
             stop_ray()
 
@@ -152,6 +156,7 @@ class Pipeline:
     def _ray(self) -> Capacity:
         if self.capacity is None:
             self.capacity = start_ray(self.recipe.cluster)
+            self.watch = RayletWatch(self.terminal.say)
             refuse_impossible(self.study, self.capacity)
         return self.capacity
 
@@ -163,7 +168,8 @@ class Pipeline:
                 raise
             import traceback
 
-            traceback.print_exc()  # descriptor 2 is the log here
+            with suppress(OSError):  # the disk may be full
+                traceback.print_exc()  # descriptor 2 is the log here
             raise told_in(error) or StageError(_failure(stage, error, log)) from error
 
     @contextmanager

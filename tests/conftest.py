@@ -30,6 +30,12 @@ def ray_session() -> Iterator[Any]:
     ray.shutdown()
 
 
+@pytest.fixture(autouse=True)
+def stay_alive(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command that fails ends its process at once, which in some tests is that of all tests."""
+    monkeypatch.setattr("deltaray.cli._exit", lambda terminal, code: sys.exit(code))
+
+
 @dataclass(frozen=True)
 class Finished:
     """A finished command."""

@@ -1,7 +1,6 @@
 """The user's mistakes, through the command line: exit code 2, one message that names what and the mend, no file."""
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,6 @@ from deltaray.pipeline import Pipeline
 from deltaray.prompts import PromptSource, read_prompts, store_prompts, store_source
 from deltaray.recipe import load_recipe
 from deltaray.store import Store
-
-
-@pytest.fixture(autouse=True)
-def stay_alive(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A command that fails ends its process at once, which here is that of the tests."""
-    monkeypatch.setattr(os, "_exit", sys.exit)
 
 
 @pytest.fixture(scope="module")

@@ -51,6 +51,7 @@ def candidate(**changes: Any) -> dict[str, Any]:
         "prompt_id": "a", "chosen_sample": 0, "chosen": [{"content": "x"}], "rejected": [{"content": "y"}],
         "chosen_score": 1.0, "rejected_score": 0.0, "delta": 1.0, "chosen_finish": "stop", "rejected_finish": "stop",
         "chosen_tokens": 5, "rejected_tokens": 9, "prompt_tokens": 10, "chosen_error": None, "rejected_error": None,
+        "refused": False,
     }  # fmt: skip
     return base | changes
 
@@ -96,6 +97,7 @@ def test_samples_are_paired_index_by_index() -> None:
         ({}, {"chosen_error": "engine error: out of memory", "chosen_finish": "error"}, "engine error"),
         ({}, {"rejected_error": "prompt refused: invalid UTF-8 at byte 3"}, "prompt refused"),
         ({}, {"rejected_error": "empty answer"}, "empty answer"),
+        ({}, {"refused": True}, "refused by the student's template"),
         ({}, {"prompt_tokens": 98}, "prompt too long for the student"),
         ({}, {"prompt_tokens": 97}, ""),
         ({"keep": "chosen_wrong"}, {}, "chosen not wrong"),

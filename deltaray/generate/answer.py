@@ -67,21 +67,26 @@ def answer(
     Raises:
         StageError: too many rows of one model failed; what is committed stays.
     """
-    publisher = _Publisher(store, schema, [unit for work in works for unit in work.units])
+    publisher = _Publisher(store, schema, works)
     pools = shared_pools([(work.teacher, work.units) for work in works if work.units], capacity)
     if pools:
         say(describe(pools, capacity))
     run_pools(store, pools, capacity, make_table, failures, on_rows, publisher.committed)
-    publisher.finish(works)
+    publisher.finish()
 
 
 class _Publisher:
     """Counts the units that a shard still misses; publishes it in a task of its own when there are none."""
 
-    def __init__(self, store: Store, schema: pa.Schema, units: list[Unit]) -> None:
+    def __init__(self, store: Store, schema: pa.Schema, works: list[Work]) -> None:
+        """Starts with what earlier runs had completed, or had tried again, and not published."""
         self.store, self.schema = store, schema
-        self.missing = Counter(_folder(unit) for unit in units)
-        self.tasks: dict[str, Any] = {}
+        self.missing = Counter(_folder(unit) for work in works for unit in work.units)
+        self.tasks: list[Any] = []
+        for work in works:
+            for folder, retry in work.waiting:
+                if not self.missing[folder]:
+                    self._publish(work.destination, folder, retry)
 
     def committed(self, summary: Unit) -> None:
         folder = _folder(summary)
@@ -89,21 +94,17 @@ class _Publisher:
         if self.missing[folder] == 0:
             self._publish(summary["destination"], folder, summary["retry"])
 
-    def finish(self, works: list[Work]) -> None:
-        """Waits for the tasks, after also publishing what earlier runs had committed."""
+    def finish(self) -> None:
+        """Waits until all is published."""
         import ray
 
-        for work in works:
-            for folder, retry in work.waiting:
-                if folder not in self.tasks:
-                    self._publish(work.destination, folder, retry)
-        ray.get(list(self.tasks.values()))
+        ray.get(self.tasks)
 
     def _publish(self, destination: str, folder: str, retry: bool) -> None:
         import ray
 
         task = ray.remote(num_cpus=TASK_CPUS)(publish)
-        self.tasks[folder] = task.remote(self.store, destination, folder, retry, self.schema)
+        self.tasks.append(task.remote(self.store, destination, folder, retry, self.schema))
 
 
 def _folder(unit: Unit) -> str:

@@ -24,6 +24,7 @@ def rules(pairing: Pairing, max_length: int) -> list[tuple[str, Rule]]:
     """
     chosen_rules: list[tuple[str, Rule, bool]] = [
         *((kind, partial(_did_not_fail, kind), True) for kind in FAILURES),
+        ("refused by the student's template", lambda pair: not pair["refused"], True),
         ("truncated", lambda pair: "length" not in _finishes(pair), pairing.drop_truncated),
         ("identical", lambda pair: pair["chosen"] != pair["rejected"], pairing.drop_identical),
         ("prompt too long for the student", lambda pair: pair["prompt_tokens"] < max_length - 2, True),

@@ -7,6 +7,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
+from jinja2 import TemplateError
 
 from deltaray.chat import conversation_ids, load_tokenizer
 from deltaray.contracts import PAIRS, PROMPTS, RESPONSES, SCORES
@@ -147,12 +148,16 @@ def _tokenizer(student: str) -> Any:
 
 
 def _count_tokens(candidates: list[dict[str, Any]], student: Student) -> None:
-    """Adds the lengths in the student's tokens, end token included."""
+    """Adds the lengths in the student's tokens, end token included, and whether its template refuses the prompt."""
     tokenizer = _tokenizer(student.model_dump_json())
     for pair in candidates:
-        for side in ("chosen", "rejected"):
-            prompt, response = conversation_ids(tokenizer, pair["prompt"], pair[side][0]["content"])
-            pair[f"{side}_tokens"], pair["prompt_tokens"] = len(response), len(prompt)
+        pair |= {"refused": False, "chosen_tokens": 0, "rejected_tokens": 0, "prompt_tokens": 0}
+        try:
+            for side in ("chosen", "rejected"):
+                prompt, response = conversation_ids(tokenizer, pair["prompt"], pair[side][0]["content"])
+                pair[f"{side}_tokens"], pair["prompt_tokens"] = len(response), len(prompt)
+        except TemplateError:
+            pair["refused"] = True
 
 
 def _stage(name: str, before: int, after: int) -> dict[str, Any]:
