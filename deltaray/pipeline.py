@@ -32,7 +32,6 @@ from deltaray.runtime.session import (
     stop_ray,
 )
 from deltaray.runtime.terminal import StageProgress, Terminal
-from deltaray.runtime.watch import RayletWatch
 from deltaray.store import Store
 
 STAGES = ("generate", "pair", "train", "evaluate", "report")
@@ -50,7 +49,6 @@ class Pipeline:
         self.study: Study = expand(recipe)
         self.store = Store(recipe.out)
         self.capacity: Capacity | None = None
-        self.watch: RayletWatch | None = None
         self.worked = self.bound = False
         self.named_log: Path | None = None
         self.records: list[dict[str, Any]] = []
@@ -111,8 +109,6 @@ class Pipeline:
         with ExitStack() as alone:
             self._prepare(alone)
             self._run_stages(wanted, self._log_file())
-        if self.watch is not None:
-            self.watch.stop()
         with self.terminal.chatter_to(Path(os.devnull)):  # processes complain while they are ended
             stop_ray()
 
@@ -155,8 +151,7 @@ class Pipeline:
 
     def _ray(self) -> Capacity:
         if self.capacity is None:
-            self.capacity = start_ray(self.recipe.cluster)
-            self.watch = RayletWatch(self.terminal.say)
+            self.capacity = start_ray(self.recipe.cluster, self.terminal.say)
             refuse_impossible(self.study, self.capacity)
         return self.capacity
 

@@ -65,7 +65,7 @@ def latest_prediction(study: Study, store: Store, items: list[Item]) -> tuple[Ca
 
 def _measured(study: Study, store: Store, sample: list[PromptRow], prompts: int, terminal: Terminal) -> Calibration:
     began = time.monotonic()
-    capacity = start_ray(study.recipe.cluster)
+    capacity = start_ray(study.recipe.cluster, terminal.say)
     session = time.monotonic() - began
     refuse_impossible(study, capacity)
     terminal.say(f"what Ray and vLLM say goes to {terminal.log} and {logs_of_ray()}")

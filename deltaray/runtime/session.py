@@ -2,6 +2,7 @@
 
 import os
 import signal
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from deltaray.errors import UserError
 from deltaray.recipe.models import Cluster, Engine
 from deltaray.recipe.study import Study, base_name
+from deltaray.runtime.watch import RayletWatch
 
 EMBEDDED_CPUS = 8
 """Least logical CPUs of a Ray started here: its workers mostly wait, and pipelines of actor pools deadlock on two."""
@@ -108,8 +110,15 @@ def refuse_impossible(study: Study, capacity: Capacity) -> None:
         raise UserError("\n".join(dict.fromkeys(lines)))
 
 
-def start_ray(cluster: Cluster) -> Capacity:
+_watches: list[RayletWatch] = []
+"""Of the Ray that this process has started."""
+
+
+def start_ray(cluster: Cluster, say: Callable[[str], None]) -> Capacity:
     """Joins the cluster at `cluster.address` (or RAY_ADDRESS), or starts Ray on this machine.
+
+    Args:
+        say: told if the Ray that was started here dies, before this process ends with it.
 
     Raises:
         UserError: no cluster answers at the address.
@@ -121,6 +130,7 @@ def start_ray(cluster: Cluster) -> Capacity:
         on_sigterm = signal.getsignal(signal.SIGTERM)
         init_ray(_init_arguments(cluster))
         signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own would end the driver before it can say how to resume
+        _watches.append(RayletWatch(say))
     resources = ray.cluster_resources()
     return Capacity(max(resources.get("CPU", 0), cluster.cpus or 0), max(resources.get("GPU", 0), cluster.gpus or 0))
 
@@ -165,6 +175,8 @@ def cpus_of_a_core() -> float:
 def stop_ray() -> None:
     import ray
 
+    while _watches:
+        _watches.pop().stop()
     ray.shutdown()
 
 

@@ -153,7 +153,7 @@ def ours(case: Case, folder: Path) -> list[Event]:
         if done:
             events.append((time.monotonic(), tokens))
 
-    capacity = start_ray(Cluster())
+    capacity = start_ray(Cluster(), print)
     answer(store, [work], capacity, responses_table, RESPONSES, Failures(), on_rows, print)
     stop_ray()
     assert store.count_rows(responses) == case.prompts
