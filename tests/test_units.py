@@ -252,3 +252,27 @@ def test_a_failing_job_ends_the_wait() -> None:
 
     with pytest.raises(ValueError, match="broken"):
         as_room_allows([fail, fail], [Capacity(1, 0)] * 2, Capacity(1, 0))
+
+
+# --- a task of a killed command that lives on for a moment ----------------------------------------------------------
+@pytest.mark.parametrize("publishing", [False, True])
+def test_units_that_somebody_else_publishes_meanwhile_are_found_where_they_went(
+    store: Store, monkeypatch: pytest.MonkeyPatch, publishing: bool
+) -> None:
+    store_prompts(store, rows(0, 8), 8)
+    commit(store, owed(store, teacher()))
+    [(folder, _)] = waiting_folders(store, HERE, identity_digest(generation_identity(teacher())))
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+
+    read, seen = Store.read_table, list[str]()
+
+    def read_late(self: Store, path: str, *arguments: Any, **named: Any) -> Any:
+        """The other one publishes just when the first unit is about to be read."""
+        if path.startswith(folder) and not seen:
+            seen.append(path)
+            publish_waiting(store, teacher())
+        return read(self, path, *arguments, **named)
+
+    monkeypatch.setattr(Store, "read_table", read_late)
+    assert (publish(store, HERE, folder, False, RESPONSES) if publishing else owed(store, teacher())) in (0, [])
+    assert seen and len(visible(store)) == 8

@@ -7,8 +7,12 @@ at any time. The identity (`generate/identity.py`) keeps what was made with othe
 """
 
 import hashlib
+import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import wraps
+from typing import ParamSpec, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -24,6 +28,27 @@ ROW_GROUP = 8192
 """Rows of a published file's row groups: few enough to hold in memory, enough to compress well."""
 KEYS = ["prompt_id", "sample"]
 RETRY = "-retry"
+LOOKS = 10
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def unless_moved(function: Callable[P, R]) -> Callable[P, R]:
+    """The function, repeated when a unit that it has listed is gone before it is read.
+
+    Somebody else has published it meanwhile: this command while `status` counts, or a task of a killed command that
+    lives on for a moment. Then it is visible, and a new look finds it there.
+    """
+
+    @wraps(function)
+    def repeated(*arguments: P.args, **named: P.kwargs) -> R:
+        for _ in range(LOOKS - 1):
+            with suppress(FileNotFoundError):
+                return function(*arguments, **named)
+            time.sleep(0.5)
+        return function(*arguments, **named)
+
+    return repeated
 
 
 def folder_of(destination: str, identity: str, shard: str, retry: bool = False) -> str:
@@ -58,6 +83,7 @@ def waiting_folders(store: Store, destination: str, identity: str) -> Iterator[t
                 yield f"{root}/{shard}", retry
 
 
+@unless_moved
 def rows_done(store: Store, destination: str) -> int:
     """Rows that are published, and those that wait: not second attempts, and of a teacher only its present settings."""
     definition = store.definition(destination)
@@ -72,6 +98,7 @@ def rows_done(store: Store, destination: str) -> int:
 
 
 # --- publishing -------------------------------------------------------------------------------------------------
+@unless_moved
 def publish(store: Store, destination: str, folder: str, retry: bool, schema: pa.Schema) -> int:
     """Makes the units in the folder of a shard visible as one file and deletes them; returns how many rows that were.
 

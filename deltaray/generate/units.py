@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 
 from deltaray.chat import Message, load_tokenizer, prompts_ids
 from deltaray.contracts import PROMPTS
-from deltaray.generate.staging import failed_rows, folder_of, keys_in, staged_files
+from deltaray.generate.staging import failed_rows, folder_of, keys_in, staged_files, unless_moved
 from deltaray.prompts.shards import read_rows, shard_name
 from deltaray.recipe.models import Model, Teacher
 from deltaray.store import Store
@@ -47,20 +47,28 @@ def missing_units(
         identity: tells apart what was made with other settings.
         retry: the rows that failed instead of those that are missing.
     """
-    published, units = store.committed(destination), []
-    for path in store.committed(prompts):
-        shard = shard_name(path)
-        files = [file for file in published if shard_name(file).startswith(f"{shard}-")]
-        staged = staged_files(store, folder_of(destination, identity, shard, retry))
-        for rows, samples in _todo(store, path, files, staged, teacher.sampling.samples, unit_size, retry):
-            units.append(_unit(store, path, destination, name, teacher, rows, samples, identity, retry))
-    return units
+    return [
+        _unit(store, path, destination, name, teacher, rows, samples, identity, retry)
+        for path in store.committed(prompts)
+        for rows, samples in _todo_of(store, path, destination, identity, teacher.sampling.samples, unit_size, retry)
+    ]
+
+
+@unless_moved
+def _todo_of(
+    store: Store, path: str, destination: str, identity: str, samples: int, unit_size: int, retry: bool
+) -> list[tuple[list[int], list[int]]]:
+    """(rows, samples) of each unit that a shard of prompts still needs."""
+    shard = shard_name(path)
+    staged = staged_files(store, folder_of(destination, identity, shard, retry))  # first: what moves meanwhile is seen
+    files = [file for file in store.committed(destination) if shard_name(file).startswith(f"{shard}-")]
+    return list(_todo(store, path, files, staged, samples, unit_size, retry))
 
 
 def _todo(
     store: Store, path: str, files: list[str], staged: list[str], samples: int, unit_size: int, retry: bool
 ) -> Iterator[tuple[list[int], list[int]]]:
-    """(rows, samples) of each unit of a shard."""
+    """(rows, samples) of each unit, from the shard's published and staged files."""
     prompts = store.count(path)
     if not retry and sum(map(store.count, files)) == prompts * samples:
         return  # the usual case of a resumed run, told from the files' footers
