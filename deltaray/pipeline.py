@@ -223,7 +223,7 @@ class Pipeline:
 
         works = teacher_work(self.study, self.store, self.retry_failed)
         if all(work.finished for work in works):
-            rows = sum(self.store.count_rows(work.destination) for work in works)
+            rows = sum(self.store.count_rows(work.assignment.destination) for work in works)
             return self._nothing("generate", f"{rows:,} responses are stored")
         left = sum(responses_in(work.units) for work in works)
         with self._stage("generate", "responses", left) as progress:

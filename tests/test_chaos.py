@@ -103,7 +103,7 @@ def complete(study: Study, store: Store, behaviour: Behaviour, retry: bool = Fal
         commit_unit(store, responses_table, loaded | {"outputs": outputs})
     for work in teacher_work(study, store, retry):
         for folder, again in work.waiting:
-            publish(store, work.destination, folder, again, RESPONSES)
+            publish(store, work.assignment.destination, folder, again, RESPONSES)
 
 
 def crashes(base: Path, work: Path, run: Callable[[Store], None]) -> Iterator[Store]:

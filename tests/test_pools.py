@@ -17,13 +17,14 @@ from deltaray.generate import share
 from deltaray.generate.answer import Work, answer, work_of
 from deltaray.generate.pools import Pool, describe
 from deltaray.generate.stage import responses_table
+from deltaray.generate.units import Assignment
 from deltaray.prompts import store_prompts
 from deltaray.recipe.models import Endpoint, Failures, Sampling, Teacher
 from deltaray.runtime.session import Capacity
 from deltaray.store import Store
 
 ray.cloudpickle.register_pickle_by_value(fake_engine)
-UNITS = 24
+UNITS = 40
 
 
 @pytest.fixture(scope="module")
@@ -39,16 +40,19 @@ def work(store: Store, model: str, name: str) -> Work:
     ]  # fmt: skip
     store_prompts(store, rows, 16)
     teacher = Teacher(model=model, sampling=Sampling())
-    return work_of(store, Store.prompts, Store.responses(name), name, teacher, "identity", 2)
+    return work_of(store, Assignment(name, teacher, Store.prompts, Store.responses(name), "identity", 2))
 
 
 def test_a_pool_grows_shares_the_cluster_and_gives_it_back(
     ray_session: Any, tokenizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two pools of one to three replicas with two CPUs each: one after the other on eight."""
+    """Two pools of one to three replicas with two CPUs each: one after the other on eight.
+
+    One replica would need 16 seconds for its units, several times what a second takes to start.
+    """
     marks, store = tmp_path / "marks", Store(str(tmp_path / "out"))
     marks.mkdir()
-    spec = FakeSpec(Behaviour(delay=0.2, marks=str(marks)), cpus=2, max_replicas=3, requests_in_flight=2)
+    spec = FakeSpec(Behaviour(delay=0.8, marks=str(marks)), cpus=2, max_replicas=3, requests_in_flight=2)
     monkeypatch.setattr(share, "pool_spec", lambda teachers, capacity: spec)
     monkeypatch.setattr(share, "_engine_key", lambda teacher, adapted: teacher.model_dump_json() + str(id(teacher)))
     works = [work(store, tokenizer, name) for name in ("a", "b")]

@@ -16,7 +16,7 @@ from deltaray.generate.pools import commit_unit, error_of
 from deltaray.generate.stage import responses_table, seeded
 from deltaray.generate.staging import failures, publish, rows_done, waiting_folders
 from deltaray.generate.supersede import supersede
-from deltaray.generate.units import missing_units, responses_in, unit_blocks, with_system
+from deltaray.generate.units import Assignment, missing_units, responses_in, unit_blocks, with_system
 from deltaray.prompts import store_prompts
 from deltaray.recipe import Recipe, Study, expand
 from deltaray.recipe.models import Sampling, Teacher
@@ -79,7 +79,7 @@ def visible(store: Store, destination: str = HERE) -> dict[Key, str]:
 
 def owed(store: Store, who: Teacher, retry: bool = False, unit_size: int = 4) -> list[dict[str, Any]]:
     identity = identity_digest(generation_identity(who))
-    return missing_units(store, Store.prompts, HERE, "t", who, identity, unit_size, retry)
+    return missing_units(store, Assignment("t", who, Store.prompts, HERE, identity, unit_size, retry))
 
 
 # --- blocks -----------------------------------------------------------------------------------------------------
@@ -207,7 +207,8 @@ def generate_all(store: Store, study: Study, say: str) -> dict[Key, str]:
     supersede(study, store)
     who = study.teachers["t"]
     identity = identity_digest(generation_identity(who))
-    commit(store, work_of(store, Store.prompts, HERE, "t", seeded("t", who), identity, 4).units, say=say)
+    assignment = Assignment("t", seeded("t", who), Store.prompts, HERE, identity, 4)
+    commit(store, work_of(store, assignment).units, say=say)
     publish_waiting(store, who)
     return visible(store)
 

@@ -13,10 +13,10 @@ from deltaray.calibrate.pace import per_row, seconds_per_token
 from deltaray.calibrate.records import Mean, Measure, PoolMeasure, engine_of, identity_of
 from deltaray.calibrate.timed import TIMED, TimedSpec, timed_table
 from deltaray.errors import StageError
-from deltaray.generate.answer import Work, answer, work_of
+from deltaray.generate.answer import answer
 from deltaray.generate.pools import OnRows, Pool, describe, run_pools
 from deltaray.generate.share import shared_pools
-from deltaray.generate.stage import seeded
+from deltaray.generate.stage import teacher_work
 from deltaray.prompts import PromptRow, store_prompts
 from deltaray.recipe.models import Failures
 from deltaray.recipe.study import Study
@@ -60,12 +60,12 @@ def measure(
         StageError: a teacher answered no prompt at all.
     """
     store_prompts(work, sample, study.recipe.shard_size, unit_size=study.recipe.unit_size)
-    works = _works(study, work)
-    pools = shared_pools([(item.teacher, item.units) for item in works], capacity)
+    works = teacher_work(study, work)
+    pools = shared_pools([(item.assignment.teacher, item.units) for item in works], capacity)
     say(describe(pools, capacity))
     spans = _run(work, pools, capacity, on_rows)
     began = time.time()
-    answer(work, _works(study, work), capacity, timed_table, TIMED, ANY, on_rows, say)
+    answer(work, teacher_work(study, work), capacity, timed_table, TIMED, ANY, on_rows, say)
     published = time.time() - began
     teachers: dict[str, Measure] = {}
     measured = []
@@ -74,15 +74,6 @@ def measure(
         teachers |= _teachers(study, pool, rows)
         measured.append(_pool(pool, span, rows))
     return Measured({name: teachers[name] for name in study.paired_teachers()}, measured, published)
-
-
-def _works(study: Study, work: Store) -> list[Work]:
-    prompts, size = Store.prompts, study.recipe.unit_size
-    return [
-        work_of(work, prompts, Store.responses(name), name, seeded(name, teacher), identity_of(teacher), size)
-        for name in study.paired_teachers()
-        for teacher in [study.teachers[name]]
-    ]
 
 
 def _run(work: Store, pools: list[Pool], capacity: Capacity, on_rows: OnRows) -> list[tuple[float, float]]:

@@ -14,7 +14,7 @@ from deltaray.evaluate.select import choose_candidates
 from deltaray.generate.answer import Work, answer, work_of
 from deltaray.generate.identity import generation_identity, identity_digest
 from deltaray.generate.pools import OnRows
-from deltaray.generate.units import Unit
+from deltaray.generate.units import Assignment, Unit
 from deltaray.prompts import check_source, store_source
 from deltaray.recipe.models import Failures, Model, Student, Task, Teacher
 from deltaray.recipe.study import Study
@@ -75,7 +75,7 @@ def _task_work(study: Study, store: Store, name: str, model: Teacher, task: str,
     destination, prompts = Store.evaluation_responses(name, task), Store.evaluation_prompts(task)
     asked = model.model_copy(update={"sampling": spec.sampling})
     identity = identity_digest(generation_identity(asked))
-    return work_of(store, prompts, destination, name, asked, identity, study.recipe.unit_size)
+    return work_of(store, Assignment(name, asked, prompts, destination, identity, study.recipe.unit_size))
 
 
 def evaluate(

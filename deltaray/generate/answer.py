@@ -14,18 +14,17 @@ from deltaray.generate.pools import MakeTable, OnRows, describe, run_pools
 from deltaray.generate.share import shared_pools
 from deltaray.generate.staging import publish, waiting_folders
 from deltaray.generate.stream import TASK_CPUS
-from deltaray.generate.units import Unit, missing_units
-from deltaray.recipe.models import Failures, Teacher
+from deltaray.generate.units import Assignment, Unit, missing_units
+from deltaray.recipe.models import Failures
 from deltaray.runtime.session import Capacity
 from deltaray.store import Store
 
 
 @dataclass(frozen=True)
 class Work:
-    """What one model owes to one folder."""
+    """What of an assignment is left to do."""
 
-    teacher: Teacher
-    destination: str
+    assignment: Assignment
     units: list[Unit]
     waiting: list[tuple[str, bool]]  # folders of committed units that no run has published yet
 
@@ -34,19 +33,10 @@ class Work:
         return not self.units and not self.waiting
 
 
-def work_of(
-    store: Store,
-    prompts: str,
-    destination: str,
-    name: str,
-    teacher: Teacher,
-    identity: str,
-    unit_size: int,
-    retry: bool = False,
-) -> Work:
-    """What is missing in `destination`, or what failed there; see `units.missing_units`."""
-    units = missing_units(store, prompts, destination, name, teacher, identity, unit_size, retry)
-    return Work(teacher, destination, units, list(waiting_folders(store, destination, identity)))
+def work_of(store: Store, assignment: Assignment) -> Work:
+    """What is missing at the assignment's destination, or what failed there; see `units.missing_units`."""
+    waiting = waiting_folders(store, assignment.destination, assignment.identity)
+    return Work(assignment, missing_units(store, assignment), list(waiting))
 
 
 def answer(
@@ -68,7 +58,7 @@ def answer(
         StageError: too many rows of one model failed; what is committed stays.
     """
     publisher = _Publisher(store, schema, works)
-    pools = shared_pools([(work.teacher, work.units) for work in works if work.units], capacity)
+    pools = shared_pools([(work.assignment.teacher, work.units) for work in works if work.units], capacity)
     if pools:
         say(describe(pools, capacity))
     run_pools(store, pools, capacity, make_table, failures, on_rows, publisher.committed)
@@ -86,7 +76,7 @@ class _Publisher:
         for work in works:
             for folder, retry in work.waiting:
                 if not self.missing[folder]:
-                    self._publish(work.destination, folder, retry)
+                    self._publish(work.assignment.destination, folder, retry)
 
     def committed(self, summary: Unit) -> None:
         folder = _folder(summary)

@@ -9,7 +9,7 @@ from deltaray.contracts import RESPONSES
 from deltaray.generate.answer import Work, answer, work_of
 from deltaray.generate.identity import generation_identity, identity_digest
 from deltaray.generate.pools import OnRows, error_of
-from deltaray.generate.units import Unit
+from deltaray.generate.units import Assignment, Unit
 from deltaray.recipe.models import Teacher
 from deltaray.recipe.study import Study
 from deltaray.runtime.session import Capacity
@@ -18,19 +18,20 @@ from deltaray.store import Store
 
 def teacher_work(study: Study, store: Store, retry: bool = False) -> list[Work]:
     """What the teachers that a pairing uses still have to answer; with `retry` what they failed to answer."""
-    return [
-        work_of(
-            store,
-            Store.prompts,
-            Store.responses(name),
-            name,
-            seeded(name, study.teachers[name]),
-            identity_digest(generation_identity(study.teachers[name])),
-            study.recipe.unit_size,
-            retry,
-        )
-        for name in study.paired_teachers()
-    ]
+    return [work_of(store, _assignment(study, name, retry)) for name in study.paired_teachers()]
+
+
+def _assignment(study: Study, name: str, retry: bool) -> Assignment:
+    teacher = study.teachers[name]
+    return Assignment(
+        name=name,
+        teacher=seeded(name, teacher),
+        prompts=Store.prompts,
+        destination=Store.responses(name),
+        identity=identity_digest(generation_identity(teacher)),
+        unit_size=study.recipe.unit_size,
+        retry=retry,
+    )
 
 
 def seeded(name: str, teacher: Teacher) -> Teacher:

@@ -51,13 +51,9 @@ def unless_moved(function: Callable[P, R]) -> Callable[P, R]:
     return repeated
 
 
-def folder_of(destination: str, identity: str, shard: str, retry: bool = False) -> str:
-    """Where the units of a shard wait; second attempts at failed rows wait apart."""
-    return f"{UNITS}/{destination}/{identity}{RETRY if retry else ''}/{shard}"
-
-
-def staged_files(store: Store, folder: str) -> list[str]:
-    return store.committed(folder)
+def folder_of(destination: str, identity: str, retry: bool = False) -> str:
+    """Where units wait, in a folder per shard; second attempts at failed rows wait apart."""
+    return f"{UNITS}/{destination}/{identity}{RETRY if retry else ''}"
 
 
 def keys_in(store: Store, files: list[str]) -> pa.Table:
@@ -77,10 +73,8 @@ def failed_rows(store: Store, files: list[str]) -> pa.Table:
 def waiting_folders(store: Store, destination: str, identity: str) -> Iterator[tuple[str, bool]]:
     """(folder, retry) of every shard of a destination of which units wait."""
     for retry in (False, True):
-        root = folder_of(destination, identity, "", retry).rstrip("/")
-        for shard in store.folders(root):
-            if staged_files(store, f"{root}/{shard}"):
-                yield f"{root}/{shard}", retry
+        units = store.listing(folder_of(destination, identity, retry))
+        yield from ((folder, retry) for folder in dict.fromkeys(path.rpartition("/")[0] for path in units))
 
 
 @unless_moved
@@ -105,7 +99,7 @@ def publish(store: Store, destination: str, folder: str, retry: bool, schema: pa
     Second attempts replace the rows that failed, in the files in which these are.
     """
     shard = folder.rpartition("/")[2]
-    staged = staged_files(store, folder)
+    staged = store.committed(folder)
     published = [path for path in store.committed(destination) if shard_name(path).startswith(f"{shard}-")]
     if retry:
         rows = sum(_replace(store, path, staged, schema) for path in published)

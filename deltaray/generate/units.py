@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -12,7 +13,7 @@ import pyarrow.compute as pc
 
 from deltaray.chat import Message, load_tokenizer, prompts_ids
 from deltaray.contracts import PROMPTS
-from deltaray.generate.staging import failed_rows, folder_of, keys_in, staged_files, unless_moved
+from deltaray.generate.staging import failed_rows, folder_of, keys_in, unless_moved
 from deltaray.prompts.shards import read_rows, shard_name
 from deltaray.recipe.models import Model, Teacher
 from deltaray.store import Store
@@ -27,71 +28,58 @@ Loading adds, one entry per prompt: prompt_ids, messages, token_ids, refused (wh
 answers. The engine adds outputs: per prompt one `Output` for each of `samples`."""
 
 
-def missing_units(
-    store: Store,
-    prompts: str,
-    destination: str,
-    name: str,
-    teacher: Teacher,
-    identity: str,
-    unit_size: int,
-    retry: bool = False,
-) -> list[Unit]:
-    """The units that complete `destination`: every (prompt, sample) that is neither published nor staged there.
+@dataclass(frozen=True)
+class Assignment:
+    """Who answers which prompts, and where the answers go."""
 
-    A unit holds at most `unit_size` responses of neighbouring prompts. Its file is named after them: whoever computes
-    the unit again writes the same file.
-
-    Args:
-        prompts: the folder of prompt shards.
-        identity: tells apart what was made with other settings.
-        retry: the rows that failed instead of those that are missing.
-    """
-    return [
-        _unit(store, path, destination, name, teacher, rows, samples, identity, retry)
-        for path in store.committed(prompts)
-        for rows, samples in _todo_of(store, path, destination, identity, teacher.sampling.samples, unit_size, retry)
-    ]
+    name: str  # who is counted
+    teacher: Teacher
+    prompts: str  # the folder of prompt shards
+    destination: str
+    identity: str  # tells apart what was made with other settings
+    unit_size: int  # most responses in a unit
+    retry: bool = False  # the rows that failed instead of those that are missing
 
 
 @unless_moved
-def _todo_of(
-    store: Store, path: str, destination: str, identity: str, samples: int, unit_size: int, retry: bool
-) -> list[tuple[list[int], list[int]]]:
-    """(rows, samples) of each unit that a shard of prompts still needs."""
-    shard = shard_name(path)
-    staged = staged_files(store, folder_of(destination, identity, shard, retry))  # first: what moves meanwhile is seen
-    files = [file for file in store.committed(destination) if shard_name(file).startswith(f"{shard}-")]
-    return list(_todo(store, path, files, staged, samples, unit_size, retry))
+def missing_units(store: Store, work: Assignment) -> list[Unit]:
+    """The units that complete the destination: every (prompt, sample) that is neither published nor staged there.
+
+    A unit holds responses of neighbouring prompts. Its file is named after them: whoever computes the unit again
+    writes the same file.
+    """
+    waiting = list(store.listing(folder_of(work.destination, work.identity, work.retry)))
+    published = store.committed(work.destination)  # listed after those that wait: what moves meanwhile is seen
+    units = []
+    for path in store.committed(work.prompts):
+        shard = shard_name(path)
+        files = [file for file in published if shard_name(file).startswith(f"{shard}-")]
+        staged = [file for file in waiting if file.rpartition("/")[0].endswith(f"/{shard}")]
+        units += [_unit(work, path, *todo) for todo in _todo(store, work, path, files, staged)]
+    return units
 
 
 def _todo(
-    store: Store, path: str, files: list[str], staged: list[str], samples: int, unit_size: int, retry: bool
+    store: Store, work: Assignment, path: str, files: list[str], staged: list[str]
 ) -> Iterator[tuple[list[int], list[int]]]:
-    """(rows, samples) of each unit, from the shard's published and staged files."""
-    prompts = store.count(path)
-    if not retry and sum(map(store.count, files)) == prompts * samples:
+    """(rows, samples) of each unit that a shard of prompts needs beyond its published and staged files."""
+    prompts, samples = store.count(path), work.teacher.sampling.samples
+    if not work.retry and sum(map(store.count, files)) == prompts * samples:
         return  # the usual case of a resumed run, told from the files' footers
-    if not retry and not files and not staged:
-        yield from unit_blocks(np.ones((prompts, samples), dtype=bool), unit_size)
-        return
-    ids = store.read_table(path, ["prompt_id"])["prompt_id"]
-    if retry:
-        wanted = failed_rows(store, files)
-        done = keys_in(store, staged)
-    else:
-        wanted, done = None, keys_in(store, [*files, *staged])
     missing = np.ones((prompts, samples), dtype=bool)
-    for sample in range(samples):
-        missing[:, sample] = ~_is_in(ids, done, sample)
-        if wanted is not None:
-            missing[:, sample] &= _is_in(ids, wanted, sample)
-    yield from unit_blocks(missing, unit_size)
+    if work.retry or files or staged:
+        ids = store.read_table(path, ["prompt_id"])["prompt_id"]
+        done = keys_in(store, staged if work.retry else [*files, *staged])
+        missing = ~_is_in(ids, done, samples)
+        if work.retry:
+            missing &= _is_in(ids, failed_rows(store, files), samples)
+    yield from unit_blocks(missing, work.unit_size)
 
 
-def _is_in(ids: pa.ChunkedArray, keys: pa.Table, sample: int) -> np.ndarray:
-    of_sample = keys.filter(pc.field("sample") == sample)["prompt_id"]
-    return pc.is_in(ids, value_set=of_sample.combine_chunks()).to_numpy()
+def _is_in(ids: pa.ChunkedArray, keys: pa.Table, samples: int) -> np.ndarray:
+    """[prompts, samples], true where the key is among `keys`."""
+    of_sample = [keys.filter(pc.field("sample") == sample)["prompt_id"] for sample in range(samples)]
+    return np.stack([pc.is_in(ids, value_set=there.combine_chunks()).to_numpy() for there in of_sample], axis=1)
 
 
 def unit_blocks(missing: np.ndarray, unit_size: int) -> Iterator[tuple[list[int], list[int]]]:
@@ -114,23 +102,13 @@ def unit_blocks(missing: np.ndarray, unit_size: int) -> Iterator[tuple[list[int]
             yield block.tolist(), samples
 
 
-def _unit(
-    store: Store,
-    path: str,
-    destination: str,
-    name: str,
-    teacher: Teacher,
-    rows: list[int],
-    samples: list[int],
-    identity: str,
-    retry: bool,
-) -> Unit:
-    folder = folder_of(destination, identity, shard_name(path), retry)
+def _unit(work: Assignment, path: str, rows: list[int], samples: list[int]) -> Unit:
+    teacher, folder = work.teacher, folder_of(work.destination, work.identity, work.retry)
     digest = hashlib.sha256(json.dumps([rows, samples]).encode()).hexdigest()[:8]
-    staged = f"{folder}/{rows[0]:07d}-{digest}.parquet"
+    staged = f"{folder}/{shard_name(path)}/{rows[0]:07d}-{digest}.parquet"
     return {
         "unit_id": staged,
-        "name": name,
+        "name": work.name,
         "model": teacher.model,
         "adapter": teacher.adapter,
         "reasoning": teacher.reasoning,
@@ -139,9 +117,9 @@ def _unit(
         "rows": rows,
         "samples": samples,
         "sampling": json.dumps(teacher.sampling.model_dump(exclude={"samples"})),
-        "destination": destination,
+        "destination": work.destination,
         "staged": staged,
-        "retry": retry,
+        "retry": work.retry,
     }
 
 

@@ -139,6 +139,7 @@ def ours(case: Case, folder: Path) -> list[Event]:
     from deltaray.generate.answer import answer, work_of
     from deltaray.generate.identity import generation_identity, identity_digest
     from deltaray.generate.stage import responses_table
+    from deltaray.generate.units import Assignment
     from deltaray.prompts.shards import store_prompts
     from deltaray.runtime.session import start_ray, stop_ray
     from deltaray.store import Store
@@ -147,7 +148,7 @@ def ours(case: Case, folder: Path) -> list[Event]:
     store_prompts(store, prompt_rows(case), case.prompts, unit_size=case.unit_size)
     teacher, responses = teacher_of(case, folder), Store.responses("t")
     identity = identity_digest(generation_identity(teacher))
-    work = work_of(store, Store.prompts, responses, "t", teacher, identity, case.unit_size)
+    work = work_of(store, Assignment("t", teacher, Store.prompts, responses, identity, case.unit_size))
 
     def on_rows(name: str, done: int, total: int, tokens: int) -> None:
         if done:
