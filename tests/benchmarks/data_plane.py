@@ -8,6 +8,7 @@ from the start of the second command to its first newly committed unit. Writes `
 """
 
 import argparse
+import itertools
 import json
 import os
 import re
@@ -48,11 +49,21 @@ def main() -> None:
         model = save_tiny(Path(folder) / "model")
         for rows in arguments.rows:
             record["scales"][str(rows)] = full_run(write_study(Path(folder) / str(rows), model, rows), rows)
+            record["marginal_microseconds_per_prompt"] = marginal(record["scales"])
             _save(record)
         if arguments.resume:
             rows = arguments.resume
             record["resume"] = resumed_run(write_study(Path(folder) / "resume", model, rows), rows)
             _save(record)
+
+
+def marginal(scales: dict[str, Any]) -> dict[str, int]:
+    """What one prompt more costs from each number of prompts to the next: flat if it grows in proportion."""
+    totals = sorted((int(rows), scale["total_seconds"]) for rows, scale in scales.items())
+    return {
+        f"{few} to {many}": round(1e6 * (longer - shorter) / (many - few))
+        for (few, shorter), (many, longer) in itertools.pairwise(totals)
+    }
 
 
 def _save(record: dict[str, Any]) -> None:
@@ -170,6 +181,7 @@ def full_run(recipe: Path, rows: int) -> dict[str, Any]:
             "generate": round(2 * rows / seconds["generate"]),
             "pair": round(rows / seconds["pair"]),
         },
+        "total_seconds": round(watched.seconds, 1),
         "microseconds_per_prompt": round(1e6 * watched.seconds / rows),
         "peak_driver_gib": round(watched.driver_gib, 2),
         "peak_total_gib": round(watched.total_gib, 2),
