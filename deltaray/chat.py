@@ -71,18 +71,20 @@ def _render(tokenizer: Any, messages: Any, **options: Any) -> Any:
     return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, **arguments)
 
 
-def conversation_ids(tokenizer: Any, messages: Sequence[Message], response: str) -> tuple[list[int], list[int]]:
-    """(prompt ids, response ids); the response ends with its end token and nothing after it.
+def conversation_ids(
+    tokenizer: Any, messages: Sequence[Message], responses: Sequence[str]
+) -> tuple[list[int], list[list[int]]]:
+    """(prompt ids, ids of each response to it); a response ends with its end token and nothing after it.
 
     Raises:
         ValueError: the template renders the prompt differently once an answer follows, so that training would see
             other tokens than generation did.
     """
     prompt = prompt_ids(tokenizer, messages)
-    full = _render(tokenizer, [*messages, {"role": "assistant", "content": response}])
-    if list(full[: len(prompt)]) != prompt:
+    full = [list(_render(tokenizer, [*messages, {"role": "assistant", "content": text}])) for text in responses]
+    if any(ids[: len(prompt)] != prompt for ids in full):
         raise ValueError("the chat template's prompt is no prefix of prompt and response")
-    return prompt, end_at_eos(list(full[len(prompt) :]), tokenizer.eos_token_id)
+    return prompt, [end_at_eos(ids[len(prompt) :], tokenizer.eos_token_id) for ids in full]
 
 
 def end_at_eos(ids: list[int], eos: int) -> list[int]:

@@ -70,6 +70,9 @@ PAIRS = pa.schema(
         pa.field("answer", pa.string()),
         pa.field("chosen_sample", pa.int32(), nullable=False),  # with the model: the key of its response
         pa.field("rejected_sample", pa.int32(), nullable=False),
+        pa.field("prompt_token_ids", pa.list_(pa.int32()), nullable=False),  # the student's, before any cut
+        pa.field("chosen_token_ids", pa.list_(pa.int32()), nullable=False),  # chosen_tokens of them
+        pa.field("rejected_token_ids", pa.list_(pa.int32()), nullable=False),
     ]
 )
 

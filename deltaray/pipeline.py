@@ -4,33 +4,21 @@ This is the Python API behind the command line: `Pipeline(load_recipe(path)).run
 """
 
 import os
-import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
-from datetime import UTC, datetime
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from deltaray.errors import StageError, UserError
+from deltaray.errors import UserError
 from deltaray.generate.supersede import changed_teachers, supersede
 from deltaray.generate.units import responses_in
 from deltaray.plan import Item, make_plan
 from deltaray.prompts import store_source
 from deltaray.recipe import Recipe, Study, dump_recipe, expand
 from deltaray.recipe.study import TrainingRun
-from deltaray.runtime.failures import told_in
-from deltaray.runtime.memory import PeakMemory
 from deltaray.runtime.preflight import check_inputs, check_local_inputs, definitions, prompt_source
-from deltaray.runtime.session import (
-    Capacity,
-    declared_capacity,
-    joins_cluster,
-    logs_of_ray,
-    refuse_impossible,
-    start_ray,
-    stop_ray,
-)
+from deltaray.runtime.runner import Runner
+from deltaray.runtime.session import Capacity, declared_capacity, joins_cluster, refuse_impossible, stop_ray
 from deltaray.runtime.terminal import StageProgress, Terminal
 from deltaray.store import Store
 
@@ -48,10 +36,7 @@ class Pipeline:
         self.recipe, self.terminal = recipe, terminal or Terminal()
         self.study: Study = expand(recipe)
         self.store = Store(recipe.out)
-        self.capacity: Capacity | None = None
-        self.worked = self.bound = False
-        self.named_log: Path | None = None
-        self.records: list[dict[str, Any]] = []
+        self.runner = Runner(self.study, self.store, self.terminal)
 
     # --- before anything runs ---------------------------------------------------------------------------------
     def plan(self) -> tuple[list[Item], Capacity]:
@@ -108,7 +93,7 @@ class Pipeline:
             )
         with ExitStack() as alone:
             self._prepare(alone)
-            self._run_stages(wanted, self._log_file())
+            self._run_stages(wanted, self.runner.log_file())
         with self.terminal.chatter_to(Path(os.devnull)):  # processes complain while they are ended
             stop_ray()
 
@@ -121,7 +106,7 @@ class Pipeline:
             self._run_stages(["miniature"], Path(self.recipe.miniature.directory) / "make.log")
         self._check()
         if joins_cluster(self.recipe.cluster):
-            self._ray()
+            self.runner.ray()
         alone.enter_context(self.store.lock())
         self.store.sweep()
         self._write_recipe()
@@ -129,14 +114,10 @@ class Pipeline:
     def _run_stages(self, stages: list[str], log: Path) -> None:
         with self.terminal.chatter_to(log):
             for stage in stages:
-                self._run_stage(stage, log)
+                self.runner.guarded(stage, getattr(self, f"_{stage}"), log)
 
     def _named_stages(self) -> list[str]:
         return [stage for stage in STAGES if stage not in SECTIONS or getattr(self.recipe, SECTIONS[stage])]
-
-    def _log_file(self) -> Path:
-        folder = self.store.local / ".deltaray" / "logs" if self.store.local else Path("deltaray-logs")
-        return folder / f"{datetime.now(UTC):%Y%m%dT%H%M%S}.log"
 
     def _write_recipe(self) -> None:
         try:
@@ -146,65 +127,8 @@ class Pipeline:
             store_source(self.store, prompt_source(self.study), self.recipe.shard_size, self.recipe.unit_size)
         except OSError as error:
             raise UserError(f"out: {self.store.out} cannot be written: {error.strerror or error}") from None
-        self.bound = True
-        self._keep_records()
-
-    def _ray(self) -> Capacity:
-        if self.capacity is None:
-            self.capacity = start_ray(self.recipe.cluster, self.terminal.say)
-            refuse_impossible(self.study, self.capacity)
-        return self.capacity
-
-    def _run_stage(self, stage: str, log: Path) -> None:
-        try:
-            getattr(self, f"_{stage}")()
-        except Exception as error:
-            if type(error) in (UserError, StageError):
-                raise
-            import traceback
-
-            with suppress(OSError):  # the disk may be full
-                traceback.print_exc()  # descriptor 2 is the log here
-            raise told_in(error) or StageError(_failure(stage, error, log)) from error
-
-    @contextmanager
-    def _stage(self, stage: str, unit: str, left: int, shown: str | None = None) -> Iterator[StageProgress]:
-        """Progress, timing and peak memory of a stage that has `left` units to do; progress counts `shown`."""
-        self.worked = True
-        began, started = time.monotonic(), datetime.now(UTC)
-        self.terminal.say(f"{stage}: {left:,} {unit} to do")
-        self._ray()
-        self._name_logs()
-        with PeakMemory() as memory, self.terminal.progress(stage, shown or unit) as progress:
-            yield progress
-        record = {
-            "stage": stage,
-            "started": started.isoformat(timespec="seconds"),
-            "seconds": round(time.monotonic() - began, 1),
-            "done": left,
-            "unit": unit,
-            "tokens": progress.tokens,
-            "peak_gib": round(memory.gib, 2),
-        }
-        self.records.append(record)
-        self._keep_records()
-        self.terminal.say(f"{stage}: {left:,} {unit} in {record['seconds']:,} s, peak {memory.gib:.1f} GiB")
-
-    def _name_logs(self) -> None:
-        if self.terminal.log != self.named_log:
-            self.named_log = self.terminal.log
-            self.terminal.say(f"what Ray, vLLM and DeepSpeed say goes to {self.named_log} and {logs_of_ray()}")
-
-    def _keep_records(self) -> None:
-        """Writes the stages' records once `out` is known to be this study's."""
-        while self.bound and self.records:
-            self.store.append_line(".deltaray/stages.jsonl", self.records.pop(0))
-
-    def _say(self, stage: str, text: str) -> None:
-        self.terminal.say(f"{stage}: {text}")
-
-    def _nothing(self, stage: str, what: str) -> None:
-        self.terminal.say(f"{stage}: nothing to do ({what})")
+        self.runner.bound = True
+        self.runner.keep_records()
 
     # --- the stages -------------------------------------------------------------------------------------------
     def _miniature(self) -> None:
@@ -213,7 +137,7 @@ class Pipeline:
 
         assert self.recipe.miniature is not None
         directory, several = Path(self.recipe.miniature.directory), len(self.recipe.seeds) > 1
-        with self._stage("miniature", "models", len(FAMILY) * len(self.recipe.seeds), shown="steps") as progress:
+        with self.runner.stage("miniature", "models", len(FAMILY) * len(self.recipe.seeds), shown="steps") as progress:
             for seed in self.recipe.seeds:
                 suffix = f"-seed{seed}" if several else ""
                 make_family(directory, seed, lambda name, *step, end=suffix: progress.update(name + end, *step))
@@ -224,10 +148,12 @@ class Pipeline:
         works = teacher_work(self.study, self.store, self.retry_failed)
         if all(work.finished for work in works):
             rows = sum(self.store.count_rows(work.assignment.destination) for work in works)
-            return self._nothing("generate", f"{rows:,} responses are stored")
+            return self.runner.nothing("generate", f"{rows:,} responses are stored")
         left = sum(responses_in(work.units) for work in works)
-        with self._stage("generate", "responses", left) as progress:
-            generate(self.study, self.store, works, self._ray(), progress.update, partial(self._say, "generate"))
+        with self.runner.stage("generate", "responses", left) as progress:
+            generate(
+                self.study, self.store, works, self.runner.ray(), progress.update, partial(self.runner.say, "generate")
+            )
 
     def _pair(self) -> None:
         from deltaray.pair.stage import is_paired, pair
@@ -236,8 +162,8 @@ class Pipeline:
         self._demand_responses()
         todo = [name for name in self.study.pairings if not is_paired(self.study, self.store, name)]
         if not todo and not missing_scores(self.study, self.store):
-            return self._nothing("pair", f"{len(self.study.pairings)} pairings are up to date")
-        with self._stage("pair", "pairings", len(todo)) as progress:
+            return self.runner.nothing("pair", f"{len(self.study.pairings)} pairings are up to date")
+        with self.runner.stage("pair", "pairings", len(todo)) as progress:
             score(self.study, self.store)
             for name, pairs in pair(self.study, self.store).items():
                 progress.update(name, 1, 1, note=f"{pairs:,} pairs")
@@ -252,12 +178,12 @@ class Pipeline:
 
         runs = [run for run in self.study.runs.values() if not self.store.has_student(run.name)]
         if not runs:
-            return self._nothing("train", f"{len(self.study.runs)} students are trained")
+            return self.runner.nothing("train", f"{len(self.study.runs)} students are trained")
         for run in runs:
             if not self.store.committed(Store.pairs(run.pairing)):
                 raise UserError(f"{self.store.out}: pairing {run.pairing} has no pairs yet; run `deltaray pair` first")
         self._reference(runs)
-        with self._stage("train", "students", len(runs), shown="steps") as progress:
+        with self.runner.stage("train", "students", len(runs), shown="steps") as progress:
             train(self.study, self.store, runs, partial(_show_training, progress))
 
     def _reference(self, runs: list[TrainingRun]) -> None:
@@ -268,7 +194,7 @@ class Pipeline:
         files = [name for student, of in needed.items() for it in of for name in missing_files(self.store, student, it)]
         if not files:
             return
-        with self._stage("reference", "files", len(files)) as progress:
+        with self.runner.stage("reference", "files", len(files)) as progress:
             for student, teachers in needed.items():
                 reference(self.study, self.store, student, teachers, progress.update)
 
@@ -279,20 +205,27 @@ class Pipeline:
         works = evaluation_work(self.study, self.store)
         if not all(work.finished for work in works):
             left = sum(responses_in(work.units) for work in works)
-            with self._stage("evaluate", "answers", left) as progress:
-                evaluate(self.study, self.store, works, self._ray(), progress.update, partial(self._say, "evaluate"))
+            with self.runner.stage("evaluate", "answers", left) as progress:
+                evaluate(
+                    self.study,
+                    self.store,
+                    works,
+                    self.runner.ray(),
+                    progress.update,
+                    partial(self.runner.say, "evaluate"),
+                )
         elif is_concluded(self.study, self.store):
-            self._nothing("evaluate", f"{len(self.study.evaluated)} models are evaluated")
+            self.runner.nothing("evaluate", f"{len(self.study.evaluated)} models are evaluated")
         else:
-            self.worked = True
+            self.runner.worked = True
             conclude(self.study, self.store)
             self.terminal.say("evaluate: no answers to make; the summary is written anew")
 
     def _report(self) -> None:
         from deltaray.report import write_report
 
-        if not self.worked and self.store.exists("report.html"):
-            return self._nothing("report", self.store.address("report.html"))
+        if not self.runner.worked and self.store.exists("report.html"):
+            return self.runner.nothing("report", self.store.address("report.html"))
         self.terminal.say(f"report: {write_report(self.store)}")
 
 
@@ -303,17 +236,3 @@ def _show_training(progress: StageProgress, run: str, step: int, total: int, met
         right = "" if accuracy is None else f", accuracy {accuracy:.2f}"
         note = f"loss {metrics['loss']:.4f}{right}, {metrics['tokens_per_second']:,.0f} tokens/s"
     progress.update(run, step, total, note=note)
-
-
-def _failure(stage: str, error: Exception, log: Path) -> str:
-    return (
-        f"{stage} failed: {type(error).__name__}: {_reason(error)}\n"
-        f"the log is {log}\nwhat is committed is safe: mend the cause and run the same command again to resume"
-    )
-
-
-def _reason(error: Exception) -> str:
-    """The line that tells most of a message that may hold a remote traceback: the last that speaks of an error."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    telling = [line for line in lines if "error" in line.lower() and "https://" not in line]
-    return (telling or lines or ["no message"])[-1]

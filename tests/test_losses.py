@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_model import make_model, make_tokenizer
 
-from deltaray.recipe.models import Run, Training
+from deltaray.recipe.training import Run, Training
 from deltaray.train.batches import (
     Example,
     batch_at,

@@ -9,7 +9,7 @@ from deltaray.contracts import PAIRS, PROMPTS
 from deltaray.pair.join import join_responses
 from deltaray.pair.rules import draw_key, rules
 from deltaray.pair.stage import merge_funnels
-from deltaray.recipe.models import Pairing
+from deltaray.recipe.deltas import Pairing
 
 
 def prompts(ids: str) -> pa.Table:

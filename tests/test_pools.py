@@ -19,7 +19,8 @@ from deltaray.generate.pools import Pool, describe
 from deltaray.generate.stage import responses_table
 from deltaray.generate.units import Assignment
 from deltaray.prompts import store_prompts
-from deltaray.recipe.models import Endpoint, Failures, Sampling, Teacher
+from deltaray.recipe.models import Endpoint, Sampling, Teacher
+from deltaray.recipe.recipe import Failures
 from deltaray.runtime.session import Capacity
 from deltaray.store import Store
 

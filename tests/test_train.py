@@ -96,6 +96,7 @@ def _pair(prompt_id, messages, chosen, rejected):
     return {
         "prompt_id": prompt_id, "prompt": messages, **turns, "chosen_model": "big", "rejected_model": "small", **empty,
         "chosen_tokens": 0, "rejected_tokens": 0, "chosen_sample": 0, "rejected_sample": 0,
+        "prompt_token_ids": [], "chosen_token_ids": [], "rejected_token_ids": [],
     }  # fmt: skip
 
 

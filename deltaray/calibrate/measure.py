@@ -18,7 +18,7 @@ from deltaray.generate.pools import OnRows, Pool, describe, run_pools
 from deltaray.generate.share import shared_pools
 from deltaray.generate.stage import teacher_work
 from deltaray.prompts import PromptRow, store_prompts
-from deltaray.recipe.models import Failures
+from deltaray.recipe.recipe import Failures
 from deltaray.recipe.study import Study
 from deltaray.runtime.session import STREAM_CPUS, Capacity
 from deltaray.runtime.threads import as_room_allows

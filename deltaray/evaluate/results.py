@@ -8,7 +8,7 @@ import numpy as np
 from deltaray.contracts import EVALUATIONS
 from deltaray.evaluate.statistics import Floats, difference_over_seeds, mean_and_stderr, paired_bootstrap
 from deltaray.recipe.check import CLAIM
-from deltaray.recipe.models import Task
+from deltaray.recipe.recipe import Task
 from deltaray.recipe.study import EvaluatedModel, Study
 from deltaray.store import Store
 

@@ -16,7 +16,8 @@ from deltaray.generate.identity import generation_identity, identity_digest
 from deltaray.generate.pools import OnRows
 from deltaray.generate.units import Assignment, Unit
 from deltaray.prompts import check_source, store_source
-from deltaray.recipe.models import Failures, Model, Student, Task, Teacher
+from deltaray.recipe.models import Model, Student, Teacher
+from deltaray.recipe.recipe import Failures, Task
 from deltaray.recipe.study import Study
 from deltaray.runtime.preflight import task_sources
 from deltaray.runtime.session import Capacity

@@ -15,7 +15,7 @@ from deltaray.generate.share import shared_pools
 from deltaray.generate.staging import publish, waiting_folders
 from deltaray.generate.stream import TASK_CPUS
 from deltaray.generate.units import Assignment, Unit, missing_units
-from deltaray.recipe.models import Failures
+from deltaray.recipe.recipe import Failures
 from deltaray.runtime.session import Capacity
 from deltaray.store import Store
 

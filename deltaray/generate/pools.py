@@ -11,7 +11,7 @@ import pyarrow as pa
 from deltaray.errors import StageError
 from deltaray.generate.stream import Spec, in_flight_of, stream_units
 from deltaray.generate.units import Unit, load_unit
-from deltaray.recipe.models import Failures
+from deltaray.recipe.recipe import Failures
 from deltaray.runtime.session import STREAM_CPUS, Capacity
 from deltaray.runtime.threads import as_room_allows, startable
 from deltaray.store import Store

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from deltaray.recipe.models import Pairing
+from deltaray.recipe.deltas import Pairing
 
 FAILURES = ("prompt refused", "engine error", "empty answer")
 """Kinds of failed responses, as their `error` begins."""

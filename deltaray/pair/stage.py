@@ -14,7 +14,8 @@ from deltaray.contracts import PAIRS, PROMPTS, RESPONSES, SCORES
 from deltaray.pair.join import JOIN_KEYS, join_responses
 from deltaray.pair.rules import Rule, draw_key, rules
 from deltaray.prompts.shards import shard_name
-from deltaray.recipe.models import Pairing, Student
+from deltaray.recipe.deltas import Pairing
+from deltaray.recipe.models import Student
 from deltaray.recipe.study import Study
 from deltaray.runtime.stream import map_units
 from deltaray.store import Store, keys_of
@@ -102,7 +103,7 @@ def pair_shard(store: Store, unit: dict[str, Any]) -> dict[str, Any]:
         filters.append(("limit", lambda pair: draw_key(pair, 0) <= unit["ceiling"]))
     tables, funnels, keys = [PAIRS.empty_table()], [], []
     for candidates in join_responses(prompts, *sides):
-        _count_tokens(candidates, student)
+        _tokenize(candidates, student)
         kept, funnel = apply_rules(candidates, filters)
         funnels.append(funnel)
         if unit["write"]:
@@ -147,17 +148,18 @@ def _tokenizer(student: str) -> Any:
     return load_tokenizer(Student(**json.loads(student)), "student")
 
 
-def _count_tokens(candidates: list[dict[str, Any]], student: Student) -> None:
-    """Adds the lengths in the student's tokens, end token included, and whether its template refuses the prompt."""
+def _tokenize(candidates: list[dict[str, Any]], student: Student) -> None:
+    """Adds the ids and lengths in the student's tokens, end token included, and whether its template refuses them."""
     tokenizer = _tokenizer(student.model_dump_json())
     for pair in candidates:
-        pair |= {"refused": False, "chosen_tokens": 0, "rejected_tokens": 0, "prompt_tokens": 0}
+        texts = [pair[side][0]["content"] for side in ("chosen", "rejected")]
         try:
-            for side in ("chosen", "rejected"):
-                prompt, response = conversation_ids(tokenizer, pair["prompt"], pair[side][0]["content"])
-                pair[f"{side}_tokens"], pair["prompt_tokens"] = len(response), len(prompt)
+            prompt, (chosen, rejected) = conversation_ids(tokenizer, pair["prompt"], texts)
+            pair["refused"] = False
         except TemplateError:
-            pair["refused"] = True
+            prompt, chosen, rejected, pair["refused"] = [], [], [], True
+        pair |= {"prompt_token_ids": prompt, "chosen_token_ids": chosen, "rejected_token_ids": rejected}
+        pair |= {f"{part}_tokens": len(pair[f"{part}_token_ids"]) for part in ("prompt", "chosen", "rejected")}
 
 
 def _stage(name: str, before: int, after: int) -> dict[str, Any]:

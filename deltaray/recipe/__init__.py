@@ -1,7 +1,7 @@
 """The recipe: one YAML file describes a study."""
 
 from deltaray.recipe.load import dump_recipe, load_recipe
-from deltaray.recipe.models import Recipe
+from deltaray.recipe.recipe import Recipe
 from deltaray.recipe.shipped import recipe_folder, shipped_recipe
 from deltaray.recipe.study import Study, expand
 

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from difflib import get_close_matches
 
-from deltaray.recipe.models import Recipe
+from deltaray.recipe.recipe import Recipe
 
 Problem = tuple[tuple[str | int, ...], str]
 """(key path, what is wrong and what to write instead)."""

@@ -13,7 +13,7 @@ from ruamel.yaml.error import MarkedYAMLError
 
 from deltaray.errors import UserError
 from deltaray.recipe.check import check_recipe
-from deltaray.recipe.models import Recipe
+from deltaray.recipe.recipe import Recipe
 
 Path_ = tuple[str | int, ...]
 

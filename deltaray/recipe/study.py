@@ -10,7 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from deltaray.recipe.models import Model, Pairing, Recipe, Run, Student, Teacher
+from deltaray.recipe.deltas import Pairing
+from deltaray.recipe.models import Model, Student, Teacher
+from deltaray.recipe.recipe import Recipe
+from deltaray.recipe.training import Run
 
 M = TypeVar("M", bound=Model)
 

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Iterator
 import ray
 
 from deltaray.errors import StageError, UserError
-from deltaray.recipe.models import Training
 from deltaray.recipe.study import Study, TrainingRun
+from deltaray.recipe.training import Training
 from deltaray.runtime.session import Capacity, logs_of_ray
 from deltaray.runtime.stream import quiet_ray_data
 from deltaray.store import Store

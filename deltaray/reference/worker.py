@@ -9,7 +9,8 @@ import torch
 from deltaray.chat import load_tokenizer
 from deltaray.contracts import REFERENCES
 from deltaray.prompts.shards import shard_name
-from deltaray.recipe.models import Student, Training
+from deltaray.recipe.models import Student
+from deltaray.recipe.training import Training
 from deltaray.store import Store
 from deltaray.train.batches import pad, pad_id_of, response_ids
 from deltaray.train.student import load_module

@@ -7,7 +7,8 @@ from deltaray.chat import load_tokenizer
 from deltaray.errors import UserError
 from deltaray.generate.identity import generation_identity, model_identity
 from deltaray.prompts import PromptSource, check_source, is_hub_dataset, refuse_changed_prompts
-from deltaray.recipe.models import Model, Task, Teacher
+from deltaray.recipe.models import Model, Teacher
+from deltaray.recipe.recipe import Task
 from deltaray.recipe.study import Study, base_name
 from deltaray.store import Store
 

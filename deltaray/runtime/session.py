@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from deltaray.errors import UserError
-from deltaray.recipe.models import Cluster, Engine
+from deltaray.recipe.models import Engine
+from deltaray.recipe.recipe import Cluster
 from deltaray.recipe.study import Study, base_name
 from deltaray.runtime.watch import RayletWatch
 

@@ -63,7 +63,7 @@ def response_ids(
     tokenizer: Any, prompt: Sequence[dict[str, str]], text: str, max_length: int
 ) -> tuple[list[int], list[int]] | None:
     """(prompt ids, response ids cut to what fits); None if the prompt leaves no room."""
-    ids, response = conversation_ids(tokenizer, prompt, text)
+    ids, (response,) = conversation_ids(tokenizer, prompt, [text])
     cut = truncate(ids, response, max_length, tokenizer.eos_token_id)
     return None if cut is None else (ids, cut)
 

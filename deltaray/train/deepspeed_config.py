@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from deltaray.recipe.models import Run, Training
+from deltaray.recipe.training import Run, Training
 from deltaray.train.batches import micro_batches
 
 BUCKET = 50_000_000

@@ -9,7 +9,8 @@ import deepspeed
 import torch
 from torch import Tensor, nn
 
-from deltaray.recipe.models import Run, Student, Training
+from deltaray.recipe.models import Student
+from deltaray.recipe.training import Run, Training
 from deltaray.store import Store
 from deltaray.train.deepspeed_config import deepspeed_config
 from deltaray.train.student import load_module

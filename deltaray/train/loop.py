@@ -14,8 +14,9 @@ from torch import Tensor
 from deltaray.chat import load_tokenizer
 from deltaray.contracts import METRICS
 from deltaray.errors import StageError, UserError
-from deltaray.recipe.models import Student, Training
+from deltaray.recipe.models import Student
 from deltaray.recipe.study import TrainingRun
+from deltaray.recipe.training import Training
 from deltaray.store import Store
 from deltaray.train.batches import Example, batch_at, collate, denominator, pad_id_of, read_examples, slice_batch
 from deltaray.train.engine import join_process_group, save_student, start_engine, stop_engine

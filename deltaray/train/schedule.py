@@ -2,7 +2,7 @@
 
 import math
 
-from deltaray.recipe.models import Run
+from deltaray.recipe.training import Run
 
 
 def steps_per_epoch(pairs: int, run: Run) -> int:

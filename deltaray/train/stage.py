@@ -12,8 +12,8 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedErr
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from deltaray.errors import StageError, UserError
-from deltaray.recipe.models import Training
 from deltaray.recipe.study import Study, TrainingRun
+from deltaray.recipe.training import Training
 from deltaray.runtime.session import Capacity, logs_of_ray
 from deltaray.runtime.threads import side_by_side
 from deltaray.store import Store

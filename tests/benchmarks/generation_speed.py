@@ -31,7 +31,8 @@ from typing import Any
 from miniature_seeds import PACKAGES, hardware, installed
 
 from deltaray.generate.spec import EngineSpec
-from deltaray.recipe.models import Cluster, Engine, Failures, Sampling, Teacher
+from deltaray.recipe.models import Engine, Sampling, Teacher
+from deltaray.recipe.recipe import Cluster, Failures
 
 RESULT = Path(__file__).parent / "results" / "generation-speed.json"
 TURNS = ("bare", "ours", "bare", "ours")

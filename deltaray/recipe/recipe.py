@@ -1,0 +1,93 @@
+"""The recipe as one typed model: every top-level key a user may write."""
+
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from deltaray.recipe.deltas import Pairing, Scorer
+from deltaray.recipe.models import Sampling, Section, Student, Teacher
+from deltaray.recipe.training import Training
+
+Name = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+
+
+class Prompts(Section):
+    path: str
+    """JSONL, JSON, Parquet, CSV or a hub dataset id, with `prompt` (text) or `messages`, optionally `id`, `answer`,
+    `source`."""
+    limit: int | None = Field(None, ge=1)
+    """Use the first so many rows only."""
+    duplicates: Literal["refuse", "drop"] = "refuse"
+    """What to do with a second row of the same id or text: hub data sets often repeat prompts."""
+
+
+class Task(Section):
+    path: str
+    """Prompts with an `answer`, in any form that `prompts.path` may have."""
+    metric: Literal["exact_match"] = "exact_match"
+    limit: int | None = Field(None, ge=1)
+    sampling: Sampling = Sampling()
+
+
+class Evaluation(Section):
+    tasks: dict[str, Task]
+    selection: dict[str, Task] = {}
+    """Tasks on which the best of a grid is chosen; they share no prompt with `tasks`."""
+    teachers: bool = True
+    """Evaluate the teachers of the pairings, too."""
+    claims: list[str] = []
+    """`better > worse`, each checked on the mean of the tasks and reported with its interval."""
+
+
+class Miniature(Section):
+    """Makes the toy family of models, its prompts and its evaluation before anything else (once; then cached)."""
+
+    directory: str = "runs/miniature-family"
+
+
+class Failures(Section):
+    """When a generation that goes plainly wrong is stopped."""
+
+    max_share: float = Field(0.2, ge=0, le=1)
+    """Largest tolerated share of a teacher's rows that fail (prompt too long, empty answer, engine error)."""
+    after: int = Field(256, ge=1)
+    """Rows of a teacher before the share counts."""
+
+
+class Cluster(Section):
+    address: str | None = None
+    """Of a running Ray cluster (`auto`, `host:port`, `ray://…`); none: Ray is started on this machine."""
+    cpus: int | None = Field(None, ge=1)
+    """Logical CPUs of the Ray that is started here; default: the machine's, at least 8 (workers mostly wait)."""
+    gpus: int | None = Field(None, ge=0)
+    dashboard: bool = False
+    gpu_hour_price: float | None = Field(None, ge=0)
+    """For estimates of cost, in any currency."""
+
+
+class Recipe(Section):
+    name: str = Name
+    out: str
+    seeds: list[int] = Field([0], min_length=1)
+    shard_size: int = Field(32768, ge=1)
+    """Prompts per shard: every table has one file per shard (about 150 MiB of ordinary answers)."""
+    unit_size: int = Field(256, ge=1)
+    """Prompts per unit of generation: what is committed at once, and the most that one crash costs per unit in
+    flight."""
+    failures: Failures = Failures()
+    prompts: Prompts
+    teachers: dict[str, Teacher] = Field(min_length=1)
+    scorers: dict[str, Scorer] = {}
+    pairings: dict[str, Pairing] = {}
+    student: Student | None = None
+    training: Training | None = None
+    evaluation: Evaluation | None = None
+    miniature: Miniature | None = None
+    cluster: Cluster = Cluster()
+
+    @field_validator("seeds")
+    @classmethod
+    def _distinct(cls, value: list[int]) -> list[int]:
+        if len(set(value)) < len(value):
+            raise ValueError("every seed once")
+        return value

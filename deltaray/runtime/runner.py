@@ -1,0 +1,109 @@
+"""What every stage runs in: Ray started when first needed, progress, timing, records, and one way to fail."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from deltaray.errors import StageError, UserError
+from deltaray.recipe.study import Study
+from deltaray.runtime.failures import told_in
+from deltaray.runtime.memory import PeakMemory
+from deltaray.runtime.session import Capacity, logs_of_ray, refuse_impossible, start_ray
+from deltaray.runtime.terminal import StageProgress, Terminal
+from deltaray.store import Store
+
+
+class Runner:
+    """Runs the stages of one study on one cluster."""
+
+    def __init__(self, study: Study, store: Store, terminal: Terminal) -> None:
+        self.study, self.store, self.terminal = study, store, terminal
+        self.capacity: Capacity | None = None
+        self.worked = self.bound = False
+        self.named_log: Path | None = None
+        self.records: list[dict[str, Any]] = []
+
+    def ray(self) -> Capacity:
+        """Starts or joins Ray, once; what the cluster has."""
+        if self.capacity is None:
+            self.capacity = start_ray(self.study.recipe.cluster, self.terminal.say)
+            refuse_impossible(self.study, self.capacity)
+        return self.capacity
+
+    def log_file(self) -> Path:
+        """Where a command's chatter goes from now on."""
+        folder = self.store.local / ".deltaray" / "logs" if self.store.local else Path("deltaray-logs")
+        return folder / f"{datetime.now(UTC):%Y%m%dT%H%M%S}.log"
+
+    def guarded(self, stage: str, work: Callable[[], None], log: Path) -> None:
+        """Runs a stage; an unexpected failure becomes one message, its traceback goes to the log.
+
+        Raises:
+            UserError, StageError: the stage failed.
+        """
+        try:
+            work()
+        except Exception as error:
+            if type(error) in (UserError, StageError):
+                raise
+            import traceback
+
+            with suppress(OSError):  # the disk may be full
+                traceback.print_exc()  # descriptor 2 is the log here
+            raise told_in(error) or StageError(_failure(stage, error, log)) from error
+
+    @contextmanager
+    def stage(self, stage: str, unit: str, left: int, shown: str | None = None) -> Iterator[StageProgress]:
+        """Progress, timing and peak memory of a stage that has `left` units to do; progress counts `shown`."""
+        self.worked = True
+        began, started = time.monotonic(), datetime.now(UTC)
+        self.terminal.say(f"{stage}: {left:,} {unit} to do")
+        self.ray()
+        self._name_logs()
+        with PeakMemory() as memory, self.terminal.progress(stage, shown or unit) as progress:
+            yield progress
+        record = {
+            "stage": stage,
+            "started": started.isoformat(timespec="seconds"),
+            "seconds": round(time.monotonic() - began, 1),
+            "done": left,
+            "unit": unit,
+            "tokens": progress.tokens,
+            "peak_gib": round(memory.gib, 2),
+        }
+        self.records.append(record)
+        self.keep_records()
+        self.terminal.say(f"{stage}: {left:,} {unit} in {record['seconds']:,} s, peak {memory.gib:.1f} GiB")
+
+    def _name_logs(self) -> None:
+        if self.terminal.log != self.named_log:
+            self.named_log = self.terminal.log
+            self.terminal.say(f"what Ray, vLLM and DeepSpeed say goes to {self.named_log} and {logs_of_ray()}")
+
+    def keep_records(self) -> None:
+        """Writes the stages' records once `out` is known to be this study's."""
+        while self.bound and self.records:
+            self.store.append_line(".deltaray/stages.jsonl", self.records.pop(0))
+
+    def say(self, stage: str, text: str) -> None:
+        self.terminal.say(f"{stage}: {text}")
+
+    def nothing(self, stage: str, what: str) -> None:
+        self.say(stage, f"nothing to do ({what})")
+
+
+def _failure(stage: str, error: Exception, log: Path) -> str:
+    return (
+        f"{stage} failed: {type(error).__name__}: {_reason(error)}\n"
+        f"the log is {log}\nwhat is committed is safe: mend the cause and run the same command again to resume"
+    )
+
+
+def _reason(error: Exception) -> str:
+    """The line that tells most of a message that may hold a remote traceback: the last that speaks of an error."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    telling = [line for line in lines if "error" in line.lower() and "https://" not in line]
+    return (telling or lines or ["no message"])[-1]
