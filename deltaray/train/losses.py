@@ -1,17 +1,24 @@
-"""The losses, as pure functions of per-sequence log-probability sums: one implementation of each.
+"""The losses: formulas (`formulas.py`) fed with per-sequence log-probability sums, and divided over a global batch.
 
-A loss of a global batch is `sum of per-pair losses / denominator`, and the denominator (pairs, or chosen tokens) is
-known before any forward pass. That makes the mean exact however the batch is cut into workers and micro-batches.
+A loss of a global batch is `sum of per-pair losses / divisor`, with the NLL term, where one is asked for, as a second
+sum with a divisor of its own. Both divisors are known before any forward pass (`divisors`). That makes the means exact
+however the batch is cut into workers and micro-batches; `contribution` is the part that some of its rows add.
+
+For every loss `beta * score` is the reward that the metrics show, so a pair counts as accurate when its loss sees it
+as ordered rightly. Those are the rewards that TRL logs, but for `dpo_norm` and `ipo`: TRL logs sums there although the
+loss takes means; here they are the means, as in the code of the Delta Learning paper.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
+
+from deltaray.recipe.losses import LOSS_FACTS, LossFacts
+from deltaray.train.formulas import FORMULAS, Formula, LossSettings, Scores
 
 
 @dataclass(frozen=True)
@@ -19,74 +26,91 @@ class Side:
     """The chosen or the rejected responses of B pairs; log-probabilities in nats, all tensors of shape [B]."""
 
     logp: Tensor  # sum over response tokens, end token included
-    tokens: Tensor  # response tokens summed over
+    tokens: Tensor  # response tokens summed over; 0 where an unpaired row (kto) has no such response
     reference: Tensor  # the untouched student's sum; zeros where the loss needs none
 
 
 @dataclass(frozen=True)
 class PairLosses:
-    """Per-pair values, shape [B]; rewards are None for losses that know no reference."""
+    """Per-pair values, shape [B]; rewards are None for the side that a loss does not look at."""
 
     losses: Tensor
+    nll: Tensor | None = None
+    """The NLL term, `nll_weight` included, summed over the chosen response's tokens; None without such a term."""
     rewards_chosen: Tensor | None = None
     rewards_rejected: Tensor | None = None
 
 
-LossFunction = Callable[[Side, Side | None, float], PairLosses]
+@dataclass(frozen=True, kw_only=True)
+class Loss(LossFacts):
+    """A formula with what the rest of the program must know about it. Call it on the sides of a micro-batch."""
 
+    formula: Formula
 
-@dataclass(frozen=True)
-class Loss:
-    """A loss function with what the rest of the program must know about it."""
+    def __call__(
+        self, chosen: Side, rejected: Side | None, settings: LossSettings, kl: Tensor | None = None
+    ) -> PairLosses:
+        """Per-pair losses, with gradients to `logp`.
 
-    function: LossFunction
-    needs_reference: bool
-    needs_rejected: bool
-    per: Literal["pair", "token"]
-    """What the batch's loss is a mean over: pairs, or the tokens of the chosen responses."""
+        Args:
+            rejected: None if the loss does not look at it, or (kto) if no row has one.
+            kl: the batch's `kl_estimate`, for losses that need it.
+        """
+        if self.needs_kl and kl is None:
+            raise ValueError("this loss needs the batch's KL estimate: pass `kl`")
+        absent = torch.zeros_like(chosen.logp)
+        scores = Scores(
+            self._score(chosen),
+            self._score(rejected) if rejected else absent,
+            chosen.tokens > 0,
+            rejected.tokens > 0 if rejected else absent.bool(),
+            absent if kl is None else kl.detach(),
+        )
+        return PairLosses(
+            self.formula(scores, settings),
+            -settings.nll_weight * chosen.logp if settings.nll_weight else None,
+            settings.beta * scores.chosen.detach() if self.needs_rejected else None,
+            settings.beta * scores.rejected.detach() if self.needs_rejected else None,
+        )
 
-
-def dpo_norm(chosen: Side, rejected: Side | None, beta: float) -> PairLosses:
-    """Length-normalised DPO: log-ratios are means over response tokens.
-
-    Delta Learning's training objective (arXiv 2507.06187, section 4; OLMo 3, arXiv 2512.13961, appendix A.6.2).
-    TRL calls it `sigmoid_norm`.
-    """
-    assert rejected is not None
-    ratio_chosen = (chosen.logp - chosen.reference) / chosen.tokens
-    ratio_rejected = (rejected.logp - rejected.reference) / rejected.tokens
-    return _bradley_terry(ratio_chosen, ratio_rejected, beta)
-
-
-def dpo(chosen: Side, rejected: Side | None, beta: float) -> PairLosses:
-    """DPO on summed log-ratios (Rafailov et al., arXiv 2305.18290, equation 7). TRL calls it `sigmoid`."""
-    assert rejected is not None
-    return _bradley_terry(chosen.logp - chosen.reference, rejected.logp - rejected.reference, beta)
-
-
-def sft(chosen: Side, rejected: Side | None, beta: float) -> PairLosses:
-    """Negative log-likelihood of the chosen response, nats summed over its tokens (`per` = token makes the mean)."""
-    return PairLosses(-chosen.logp)
-
-
-def _bradley_terry(ratio_chosen: Tensor, ratio_rejected: Tensor, beta: float) -> PairLosses:
-    losses = -logsigmoid(beta * (ratio_chosen - ratio_rejected))
-    return PairLosses(losses, beta * ratio_chosen.detach(), beta * ratio_rejected.detach())
+    def _score(self, side: Side) -> Tensor:
+        total = side.logp - side.reference if self.needs_reference else side.logp
+        return total / side.tokens.clamp(min=1) if self.score == "mean" else total
 
 
 LOSSES: Mapping[str, Loss] = MappingProxyType(
-    {
-        "dpo_norm": Loss(dpo_norm, needs_reference=True, needs_rejected=True, per="pair"),
-        "dpo": Loss(dpo, needs_reference=True, needs_rejected=True, per="pair"),
-        "sft": Loss(sft, needs_reference=False, needs_rejected=False, per="token"),
-    }
+    {name: Loss(**vars(facts), formula=FORMULAS[name]) for name, facts in LOSS_FACTS.items()}
 )
 """By the name that a recipe gives in `training.runs.<name>.loss`."""
 
 
-def split_sides(logp: Tensor, tokens: Tensor, reference: Tensor, both: bool) -> tuple[Side, Side | None]:
-    """(chosen, rejected) of tensors that stack all chosen above all rejected rows; [2B] or, with chosen only, [B]."""
-    if not both:
-        return Side(logp, tokens, reference), None
-    halves = [torch.chunk(tensor, 2) for tensor in (logp, tokens, reference)]
-    return Side(*(half[0] for half in halves)), Side(*(half[1] for half in halves))
+# --- of a global batch ------------------------------------------------------------------------------------------
+class Divisors(NamedTuple):
+    """What the two sums of a global batch are divided by."""
+
+    losses: int
+    nll: int
+
+
+def divisors(loss: Loss, chosen_tokens: Sequence[int], rejected_tokens: Sequence[int]) -> Divisors:
+    """From the lengths of a global batch's responses (0: the row has none), before any forward pass."""
+    responses = sum(count > 0 for count in (*chosen_tokens, *rejected_tokens))
+    tokens = sum(chosen_tokens)
+    counts = {"pair": len(chosen_tokens), "response": responses, "token": tokens}
+    return Divisors(max(1, counts[loss.per]), max(1, tokens))
+
+
+def contribution(values: PairLosses, weights: Tensor, divisors: Divisors) -> Tensor:
+    """What these rows add to the loss of their global batch; `weights` is 0 for rows that only fill up."""
+    total = (values.losses * weights).sum() / divisors.losses
+    return total if values.nll is None else total + (values.nll * weights).sum() / divisors.nll
+
+
+def kl_estimate(log_ratio_sum: Tensor, responses: int) -> Tensor:
+    """kto's reference point: how far the student has moved, in nats per response; no gradient, never below 0.
+
+    `log_ratio_sum` is the sum, over a global batch's responses, of student minus reference log-prob of mismatched
+    conversations: each prompt with the response of another row (TRL: the row before, the last one's for the first).
+    The mean is cut at 0, not its terms. Sums of workers add up before this is called.
+    """
+    return (log_ratio_sum.detach() / responses).clamp(min=0)
