@@ -176,7 +176,7 @@ class Pipeline:
     def _train(self) -> None:
         from deltaray.train.stage import train
 
-        runs = [run for run in self.study.runs.values() if not self.store.has_student(run.name)]
+        runs = [run for run in self.study.runs.values() if not self.store.trained(run.name)]
         if not runs:
             return self.runner.nothing("train", f"{len(self.study.runs)} students are trained")
         for run in runs:
@@ -184,17 +184,21 @@ class Pipeline:
                 raise UserError(f"{self.store.out}: pairing {run.pairing} has no pairs yet; run `deltaray pair` first")
         self._reference(runs)
         with self.runner.stage("train", "students", len(runs), shown="steps") as progress:
-            train(self.study, self.store, runs, partial(_show_training, progress))
+            train(self.study, self.store, runs, partial(_show_training, progress), partial(self.runner.say, "train"))
 
     def _reference(self, runs: list[TrainingRun]) -> None:
         """Reference log-probs, once per response, for the runs whose loss compares with a reference."""
-        from deltaray.reference.stage import missing_files, reference, references_needed
+        from deltaray.reference.blocks import missing_blocks
+        from deltaray.reference.stage import reference, references_needed
 
         needed = references_needed(self.study, runs)
-        files = [name for student, of in needed.items() for it in of for name in missing_files(self.store, student, it)]
-        if not files:
+        missing = [
+            block for student, of in needed.items() for it in of for block in missing_blocks(self.store, student, it)
+        ]
+        if not missing:
             return
-        with self.runner.stage("reference", "files", len(files)) as progress:
+        left = sum(block.rows for block in missing)
+        with self.runner.stage("reference", "responses", left) as progress:
             for student, teachers in needed.items():
                 reference(self.study, self.store, student, teachers, progress.update)
 

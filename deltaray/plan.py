@@ -81,7 +81,8 @@ def _training_item(study: Study, store: Store, run: TrainingRun, capacity: Capac
     settings = run.settings
     rate = f"lr {settings.learning_rate:g}" if isinstance(settings.learning_rate, float) else ""
     where = f"{settings.loss}, {rate}, {training.workers} workers, {each} each, ZeRO-{training.zero_stage}"
-    return Item("train", run.name, "students", 1, int(store.has_student(run.name)), where)
+    where += ", LoRA" if settings.lora else ""
+    return Item("train", run.name, "students", 1, int(store.trained(run.name) is not None), where)
 
 
 def evaluation_items(study: Study, store: Store, capacity: Capacity) -> list[Item]:

@@ -42,6 +42,10 @@ class Store(Files):
         return f"students/{name}"
 
     @staticmethod
+    def adapter(name: str) -> str:
+        return f"adapters/{name}"
+
+    @staticmethod
     def training(name: str) -> str:
         return f"training/{name}"
 
@@ -57,9 +61,10 @@ class Store(Files):
     def evaluation_responses(model: str, task: str) -> str:
         return f"evaluation/responses/model={model}/task={task}"
 
-    def has_student(self, name: str) -> bool:
-        """Whether a trained student is there, complete."""
-        return self.exists(f"{Store.student(name)}/{COMPLETE}")
+    def trained(self, name: str) -> str | None:
+        """Where a run's result is, complete: `students/<name>` or `adapters/<name>`; None if it is not trained."""
+        places = (Store.student(name), Store.adapter(name))
+        return next((path for path in places if self.exists(f"{path}/{COMPLETE}")), None)
 
     # --- definitions ------------------------------------------------------------------------------------------
     def claim(self, definitions: dict[str, dict[str, Any]], write: bool = True) -> None:

@@ -143,7 +143,7 @@ def test_both_sides_the_same_teacher(recipe: dict[str, Any], refused: Any) -> No
 
 def test_an_unknown_loss(recipe: dict[str, Any], refused: Any) -> None:
     recipe["training"]["runs"]["delta"]["loss"] = "ppo"
-    assert "training.runs.delta.loss: 'ppo' is not allowed; write 'dpo_norm', 'dpo' or 'sft'" in refused()
+    assert "training.runs.delta.loss: 'ppo' is not allowed; write 'dpo_norm', 'dpo', 'robust'" in refused()
 
 
 @pytest.mark.parametrize("verb", ["run", "plan", "generate", "train"])

@@ -60,6 +60,18 @@ def refusal(tmp_path: Path, text: str = GOOD, overrides: list[str] | None = None
             "recipe.yaml:13: pairings.delta.chosen: there is no teacher 'weka'; did you",
         ),
         ("learning_rate: 1e-5", "loss: ppo", "recipe.yaml:17: training.runs.delta.loss: 'ppo' is not allowed; write"),
+        (
+            "learning_rate: 1e-5",
+            "loss: sft, beta: 5",
+            "recipe.yaml:17: training.runs.delta.beta: the loss 'sft' does not read it; leave it out, or write a loss",
+        ),
+        (
+            "learning_rate: 1e-5",
+            "simpo_gamma: 1",
+            "training.runs.delta.simpo_gamma: the loss 'dpo_norm' does not read it; leave it out, or write a loss that "
+            "does: simpo",
+        ),
+        ("learning_rate: 1e-5", "loss: robust, label_smoothing: 0.5", "label_smoothing: 0.5: write less than 0.5"),
         ("pairing: delta,", "pairing: delte,", "recipe.yaml:17: training.runs.delta.pairing: there is no pairing"),
         ("delta > student", "delta >> x", "recipe.yaml:23: evaluation.claims.0:"),
         ("delta > student", "delta > studnet", "recipe.yaml:23: evaluation.claims.0: there is no model 'studnet'; did"),
@@ -93,6 +105,14 @@ def test_overrides(tmp_path: Path) -> None:
     assert recipe.training is not None and recipe.training.runs["delta"].beta == 0.5
     assert recipe.seeds == [3, 4]
     assert recipe.evaluation is not None and recipe.evaluation.claims == ["delta > weak"]
+
+
+def test_a_run_holds_the_defaults_of_its_loss_and_no_other_settings(tmp_path: Path) -> None:
+    recipe = load(tmp_path, overrides=["training.runs.delta.loss=simpo", "training.runs.delta.beta=null"])
+    run = recipe.training.runs["delta"] if recipe.training else None
+    assert run is not None and (run.beta, run.simpo_gamma, run.label_smoothing) == (2.0, 0.5, 0.0)
+    assert run.desirable_weight is None and run.undesirable_weight is None
+    assert load(tmp_path, dump_recipe(recipe)) == recipe
 
 
 def test_a_bad_override_is_named_as_such(tmp_path: Path) -> None:

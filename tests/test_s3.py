@@ -158,9 +158,9 @@ def test_a_student_put_by_halves_does_not_count(server: Server, store: Store, tm
     store.put_folder(tmp_path / "model", "students/delta")
     with server.gate.refusing(r"students/delta/b\?"), pytest.raises(OSError):
         store.put_folder(tmp_path / "model", "students/delta")
-    assert not store.has_student("delta")
+    assert not store.trained("delta")
     store.put_folder(tmp_path / "model", "students/delta")
-    assert store.has_student("delta")
+    assert store.trained("delta")
 
 
 # --- many objects -----------------------------------------------------------------------------------------------

@@ -93,11 +93,11 @@ def test_a_folder_appears_complete_and_replaces_the_one_before(store: Store, tmp
     (model / "sub").mkdir(parents=True)
     (model / "sub" / "config.json").write_text("{}")
     (model / "old").write_text("")
-    assert not store.has_student("delta")
+    assert not store.trained("delta")
     store.put_folder(model, "students/delta")
-    assert store.has_student("delta")
+    assert store.trained("delta") == "students/delta"
     assert (Path(store.local_folder("students/delta")) / "sub" / "config.json").read_text() == "{}"
-    assert store.committed("students", "") == [] and not store.has_student("delt")
+    assert store.committed("students", "") == [] and not store.trained("delt")
     (model / "old").rename(model / "new")
     store.put_folder(model, "students/delta")
     found = {path.name for path in Path(store.local_folder("students/delta")).iterdir()}

@@ -11,12 +11,15 @@ import pytest
 import torch
 from tiny_model import make_tokenizer, save_tiny
 
+from deltaray.chat import conversation_ids
 from deltaray.contracts import METRICS, PAIRS, PROMPTS, REFERENCES, RESPONSES
 from deltaray.errors import StageError
 from deltaray.recipe import Recipe, expand
-from deltaray.reference.stage import missing_files, reference, references_needed
+from deltaray.reference.blocks import missing_blocks
+from deltaray.reference.stage import reference, references_needed
 from deltaray.store import Store
-from deltaray.train.batches import batch_at, read_examples
+from deltaray.train.examples import read_data
+from deltaray.train.passes import batch_at
 from deltaray.train.schedule import learning_rate
 from deltaray.train.stage import train
 
@@ -38,8 +41,8 @@ def recipe_for(out, model):
             "training": {
                 "workers": 2,
                 "dtype": "float32",
-                "micro_batch_size": 2,  # three passes with two rows that only fill up
-                "reference_batch_size": 4,
+                "tokens_per_pass": 60,  # several passes, some with a pair that only fills up
+                "checkpoint_steps": 2,
                 "runs": {
                     "delta": {**run, "loss": "dpo_norm", "beta": 5.0},
                     "again": {**run, "loss": "dpo_norm", "beta": 5.0},
@@ -90,13 +93,14 @@ def _response(teacher, prompt_id, text):
 
 
 def _pair(prompt_id, messages, chosen, rejected):
+    prompt, ids = conversation_ids(make_tokenizer(), messages, [chosen, rejected])
     sides = {"chosen": chosen, "rejected": rejected}
     turns = {side: [{"role": "assistant", "content": text}] for side, text in sides.items()}
     empty = dict.fromkeys(("chosen_score", "rejected_score", "delta", "source", "answer"))
     return {
         "prompt_id": prompt_id, "prompt": messages, **turns, "chosen_model": "big", "rejected_model": "small", **empty,
-        "chosen_tokens": 0, "rejected_tokens": 0, "chosen_sample": 0, "rejected_sample": 0,
-        "prompt_token_ids": [], "chosen_token_ids": [], "rejected_token_ids": [],
+        "chosen_tokens": len(ids[0]), "rejected_tokens": len(ids[1]), "chosen_sample": 0, "rejected_sample": 0,
+        "prompt_token_ids": prompt, "chosen_token_ids": ids[0], "rejected_token_ids": ids[1],
     }  # fmt: skip
 
 
@@ -109,8 +113,13 @@ def trained(ray_session, tmp_path_factory):
     fill_store(store)
     for student, teachers in references_needed(study, study.runs.values()).items():
         reference(study, store, student, teachers, lambda *event: events.append(event))
-    names = train(study, store, list(study.runs.values()), lambda *event: events.append(event))
+    names = train(study, store, list(study.runs.values()), lambda *event: events.append(event), print)
     return study, store, events, names
+
+
+def read_run(study, store, name):
+    student = study.students["student"]
+    return read_data(store, study.runs[name], student, make_tokenizer().eos_token_id, 0.0)
 
 
 def metrics_of(store, name):
@@ -123,13 +132,13 @@ def plain_training(study, store, name):
     from transformers import AutoModelForCausalLM
 
     run = study.runs[name].settings
-    examples, _ = read_examples(store, make_tokenizer(), study.runs[name], 64)
+    examples = read_run(study, store, name).train
     model = AutoModelForCausalLM.from_pretrained(study.students["student"].model, dtype=torch.float32)
     optimizer = torch.optim.AdamW(model.parameters(), betas=run.adam_betas, weight_decay=run.weight_decay)
     history = []
     for step in range(STEPS):
         optimizer.param_groups[0]["lr"] = learning_rate(run, step, STEPS)
-        loss = plain_loss(model, [examples[index] for index in batch_at(len(examples), 10, run.seed, step)], run)
+        loss = plain_loss(model, examples, batch_at(len(examples), 10, run.seed, step), run)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), run.max_grad_norm)
         history.append((loss.item(), norm.item()))
@@ -138,19 +147,21 @@ def plain_training(study, store, name):
     return history, model
 
 
-def plain_loss(model, rows, run):
-    def log_probs(prompt, response):
-        logits = model(input_ids=torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
-        return logits.log_softmax(dim=-1)[range(len(response)), response]
+def plain_loss(model, examples, places, run):
+    def log_probs(place, side):
+        prompt, responses = examples.item(place)
+        ids = torch.tensor([*prompt, *responses[side]])
+        logits = model(input_ids=ids[None]).logits[0, len(prompt) - 1 : -1]
+        return logits.log_softmax(dim=-1)[range(len(responses[side])), ids[len(prompt) :]]
 
-    chosen = [log_probs(row.prompt, row.chosen) for row in rows]
+    chosen = [log_probs(place, 0) for place in places]
     if run.loss == "sft":
         return -torch.cat(chosen).mean()
-    rejected = [log_probs(row.prompt, row.rejected) for row in rows]
-    margins = [
-        (good.mean() - row.reference_chosen / len(good)) - (bad.mean() - row.reference_rejected / len(bad))
-        for row, good, bad in zip(rows, chosen, rejected, strict=True)
-    ]
+    margins = []
+    for place, good in zip(places, chosen, strict=True):
+        bad = log_probs(place, 1)
+        references = [examples.reference(side, [place])[0] for side in (0, 1)]
+        margins.append((good.mean() - references[0] / len(good)) - (bad.mean() - references[1] / len(bad)))
     return -torch.nn.functional.logsigmoid(run.beta * torch.stack(margins)).mean()
 
 
@@ -161,15 +172,15 @@ def test_only_losses_that_compare_ask_for_references(trained):
     assert references_needed(study, study.runs.values()) == {"student": ["big", "small"]}
 
 
-def test_every_response_has_one_reference_in_a_file_of_the_same_name(trained):
+def test_every_response_has_one_reference_in_files_named_after_theirs(trained):
     _, store, events, _ = trained
     for teacher in ("big", "small"):
         names = [path.rpartition("/")[2] for path in store.committed(Store.references("student", teacher))]
-        assert names == ["part-00000-0abc.parquet", "part-00001-0abc.parquet"]
+        assert names == ["part-00000-0abc-00000000.parquet", "part-00001-0abc-00000000.parquet"]
         table = store.read_tables(Store.references("student", teacher), REFERENCES)
         assert table["prompt_id"].to_pylist() == [f"p{number:03d}" for number in range(PROMPT_COUNT)]
-        assert missing_files(store, "student", teacher) == []
-        assert (teacher, 2, 2) in events
+        assert missing_blocks(store, "student", teacher) == []
+        assert (teacher, PROMPT_COUNT, PROMPT_COUNT) in events
 
 
 # --- training -------------------------------------------------------------------------------------------------
@@ -237,7 +248,7 @@ def test_a_student_is_a_whole_model_folder(trained):
 
 def test_trained_students_are_not_trained_again(trained):
     study, store, _, _ = trained
-    assert train(study, store, list(study.runs.values()), lambda *_: None) == []
+    assert train(study, store, list(study.runs.values()), lambda *_: None, print) == []
     reference(study, store, "student", ["big", "small"], lambda *_: pytest.fail("nothing is missing"))
 
 
@@ -246,4 +257,4 @@ def test_a_pair_without_its_reference_is_refused(trained, tmp_path):
     store = Store(str(tmp_path))
     fill_store(store)
     with pytest.raises(StageError, match="reference of prompt p000 sample 0 is missing"):
-        read_examples(store, make_tokenizer(), study.runs["delta"], 64)
+        read_run(study, store, "delta")

@@ -24,8 +24,8 @@ def _choose(study: Study, store: Store, name: str, candidates: list[str]) -> Non
     assert evaluation is not None
     values = {item: evaluation_of(store, item, item, evaluation.selection)["mean"] for item in candidates}
     winner = candidates[int(np.argmax(list(values.values())))]
-    if not store.has_student(name):
-        _copy_student(store, winner, name)
+    if not store.trained(name):
+        _copy(store, winner, name)
     metrics = f"{Store.training(winner)}/metrics.jsonl"
     with store.filesystem.open_input_file(metrics) as source:
         store.write_bytes(f"{Store.training(name)}/metrics.jsonl", source.read())
@@ -33,8 +33,10 @@ def _choose(study: Study, store: Store, name: str, candidates: list[str]) -> Non
     store.write_json(Store.evaluation(name), {**result, "selected": winner, "selection": values})
 
 
-def _copy_student(store: Store, winner: str, name: str) -> None:
+def _copy(store: Store, winner: str, name: str) -> None:
+    path = store.trained(winner)
+    assert path is not None
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / name
-        shutil.copytree(store.local_folder(Store.student(winner)), copy)
-        store.put_folder(copy, Store.student(name))
+        shutil.copytree(store.local_folder(path), copy)
+        store.put_folder(copy, path.replace(winner, name))

@@ -18,7 +18,7 @@ from deltaray.generate.units import Assignment, Unit
 from deltaray.prompts import check_source, store_source
 from deltaray.recipe.models import Model, Student, Teacher
 from deltaray.recipe.recipe import Failures, Task
-from deltaray.recipe.study import Study
+from deltaray.recipe.study import Study, TrainingRun
 from deltaray.runtime.preflight import task_sources
 from deltaray.runtime.session import Capacity
 from deltaray.score.scorers import SCORERS
@@ -50,11 +50,17 @@ def models_to_evaluate(study: Study, store: Store) -> dict[str, tuple[Teacher, l
         elif evaluated.role == "teacher":
             found[evaluated.name] = (study.teachers[evaluated.name], list(evaluation.tasks))
     for run in study.runs.values():
-        if student and store.has_student(run.name):
+        if student and (path := store.trained(run.name)):
             tasks = [*evaluation.tasks, *(evaluation.selection if run.candidate_of else {})]
-            trained = {"model": store.local_folder(Store.student(run.name)), "revision": None, "chat_template": None}
-            found[run.name] = (_answering(student.model_copy(update=trained)), tasks)
+            found[run.name] = (_trained(study.students[run.student], store.local_folder(path), run), tasks)
     return found
+
+
+def _trained(untouched: Student, folder: str, run: TrainingRun) -> Teacher:
+    if run.settings.lora:
+        return _answering(untouched).model_copy(update={"adapter": folder})
+    own = {"model": folder, "revision": None, "chat_template": None}
+    return _answering(untouched.model_copy(update=own))
 
 
 def _answering(student: Student) -> Teacher:

@@ -157,7 +157,14 @@ def _forget_derived(store: Store, path: str) -> None:
     kind, _, rest = path.partition("/")
     if kind != "responses":
         return
-    derived = [f"{top}/{folder}/{rest}" for top in ("scores", "references") for folder in store.folders(top)]
+    teacher, _, file = rest.rpartition("/")
+    derived = [
+        found
+        for top in ("scores", "references")
+        for folder in store.folders(top)
+        for found in store.committed(f"{top}/{folder}/{teacher}")
+        if found.rpartition("/")[2].startswith(file.removesuffix(".parquet"))
+    ]
     store.delete([*derived, *store.committed(".deltaray/pairs", suffix=".json")])
 
 

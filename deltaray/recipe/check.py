@@ -4,7 +4,9 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from difflib import get_close_matches
 
+from deltaray.recipe.losses import LOSS_FACTS, SETTINGS, readers
 from deltaray.recipe.recipe import Recipe
+from deltaray.recipe.training import Run
 
 Problem = tuple[tuple[str | int, ...], str]
 """(key path, what is wrong and what to write instead)."""
@@ -94,6 +96,15 @@ def _check_training(recipe: Recipe) -> Iterator[Problem]:
         grid = isinstance(run.learning_rate, list)
         if grid and not (recipe.evaluation and recipe.evaluation.selection):
             yield (*at, "learning_rate"), "a grid needs `evaluation.selection` tasks to choose on, or write one number"
+        for key, problem in _check_loss(run):
+            yield (*at, key), problem
+
+
+def _check_loss(run: Run) -> Iterator[tuple[str, str]]:
+    for key in SETTINGS:
+        if getattr(run, key) is not None and key not in LOSS_FACTS[run.loss].defaults:
+            others = ", ".join(readers(key))
+            yield key, f"the loss {run.loss!r} does not read it; leave it out, or write a loss that does: {others}"
 
 
 def _check_evaluation(recipe: Recipe) -> Iterator[Problem]:

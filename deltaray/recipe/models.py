@@ -6,7 +6,7 @@ single value cannot tell (does the named teacher exist?) is checked in `check.py
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -104,5 +104,7 @@ class Student(Model):
     name: str = "student"
     """How the untouched student is called in the evaluation."""
     max_length: int = Field(2048, ge=4)
-    """Tokens of prompt and response together; longer responses are cut, prompts that leave no room are dropped."""
+    """Tokens of prompt and response together; a pair whose prompt leaves no room is dropped."""
+    overlong: Literal["cut", "drop"] = "cut"
+    """What to do with a pair whose response does not fit: cut it, its last token made the end token, or drop it."""
     engine: Engine = Engine()

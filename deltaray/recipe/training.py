@@ -1,21 +1,50 @@
 """The recipe's training section: the students to train, and how the work is laid out."""
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
+from deltaray.recipe.losses import LOSS_FACTS, SETTINGS, LossName
 from deltaray.recipe.models import Section
+from deltaray.recipe.watch import Watch
 
-LossName = Literal["dpo_norm", "dpo", "sft"]
-"""`dpo_norm`: length-normalised DPO (papers' default); `dpo`: summed; `sft`: imitate the chosen response."""
+
+class Lora(Section):
+    """Train a LoRA adapter on the frozen student instead of all its weights (arXiv 2106.09685), through PEFT."""
+
+    rank: int = Field(64, ge=1)
+    alpha: float = Field(128, gt=0)
+    """The update is scaled by alpha / rank."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    targets: str | list[str] = "all-linear"
+    """Names of the layers that get an adapter; `all-linear`: every linear layer but the output layer."""
 
 
 class Run(Section):
     """One student to train."""
 
     pairing: str
+    pairs: int | None = Field(None, ge=1)
+    """Train on a seeded draw of so many pairs; a larger draw holds all pairs of a smaller one."""
+    lora: Lora | None = None
+    """Train an adapter (`adapters/<name>/`); default: all weights (`students/<name>/`)."""
     loss: LossName = "dpo_norm"
-    beta: float = Field(5.0, gt=0)
+    """`dpo_norm`: length-normalised DPO (the papers' default); `dpo`: on sums; `sft`: imitate the chosen response. The
+    others, their formulas and papers: `deltaray/train/formulas.py`."""
+    # The next six belong to the loss: null takes its own default (`deltaray/recipe/losses.py`); what a loss does not
+    # read is refused.
+    beta: float | None = Field(None, gt=0)
+    """How closely the student is held to the reference. On sums about 0.1, on means (dpo_norm, simpo) 2 to 10."""
+    label_smoothing: float | None = Field(None, ge=0, lt=0.5)
+    """The share of pairs thought to be labelled the wrong way round."""
+    simpo_gamma: float | None = Field(None, ge=0)
+    """By how much the chosen response's reward should exceed the rejected one's."""
+    nll_weight: float | None = Field(None, ge=0)
+    """Weight of an added term: the chosen responses' negative log-likelihood, a mean over all their tokens."""
+    desirable_weight: float | None = Field(None, ge=0)
+    """Weight of the chosen responses' losses in kto."""
+    undesirable_weight: float | None = Field(None, ge=0)
+    """Weight of the rejected responses' losses in kto."""
     learning_rate: float | list[float] = 5e-8
     """A list is a grid: each is trained, and the best on `evaluation.selection` takes the run's name."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
@@ -31,6 +60,16 @@ class Run(Section):
     max_grad_norm: float = Field(1.0, gt=0)
     seed: int = 0
     """Seeds the order of the pairs (the study's seed is added)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_the_loss(cls, data: Any) -> Any:
+        """Writes them out, so that what is planned, locked and reported has the numbers in it."""
+        loss = data.get("loss", "dpo_norm") if isinstance(data, dict) else None
+        if not isinstance(loss, str) or loss not in LOSS_FACTS:
+            return data
+        given = {key: value for key, value in data.items() if value is not None or key not in SETTINGS}
+        return {**LOSS_FACTS[loss].defaults, **given}
 
     @field_validator("learning_rate")
     @classmethod
@@ -51,8 +90,22 @@ class Training(Section):
     zero_stage: Literal[0, 1, 2, 3] = 3
     """0 runs as 1: DeepSpeed's stage 0 tells no gradient norm and saves no memory over it."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    micro_batch_size: int = Field(1, ge=1)
-    """Pairs per worker and forward pass; gradients are accumulated up to a run's batch_size."""
+    tokens_per_pass: int = Field(8192, ge=1)
+    """Tokens per worker and forward pass, which decides what a GPU must hold; passes are accumulated up to a run's
+    `batch_size`. A pair counts its prompt once; one that alone is longer goes alone."""
     gradient_checkpointing: bool = False
-    reference_batch_size: int = Field(16, ge=1)
-    """Responses per forward pass when reference log-probs are computed."""
+    """Compute activations again in the backward pass: less memory, a third more work."""
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """What waits in the machine's memory instead of the GPU's: the optimizer's state; with ZeRO 3 also weights."""
+    heldout: float = Field(0.0, ge=0, lt=1)
+    """Share of the prompts that no run trains on; loss and accuracy on their pairs are measured while training."""
+    heldout_evaluations: int = Field(10, ge=1)
+    """How often in a run."""
+    checkpoint_minutes: float = Field(15.0, gt=0)
+    """Minutes between two checkpoints: what a crash costs at most."""
+    checkpoint_steps: int | None = Field(None, ge=1)
+    """Also a checkpoint every so many steps."""
+    max_failures: int = Field(8, ge=0)
+    """How often a run is resumed by itself after a worker or a node has died."""
+    watch: Watch = Watch()
+    """When a run looks like failing, and whether it is then stopped."""

@@ -1,13 +1,15 @@
-"""The reference stage: for every file of responses the file of their log-probabilities under the untouched student."""
+"""The reference stage: the log-probability of every response under the untouched student, block by block."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict
 
 import ray
 
 from deltaray.errors import StageError, UserError
 from deltaray.recipe.study import Study, TrainingRun
 from deltaray.recipe.training import Training
+from deltaray.reference.blocks import Block, missing_blocks
 from deltaray.runtime.session import Capacity, logs_of_ray
 from deltaray.runtime.stream import quiet_ray_data
 from deltaray.store import Store
@@ -16,7 +18,7 @@ RESPONSES_PER_WORKER = 8192
 """Below so many each, another worker costs more to start than it saves."""
 
 OnProgress = Callable[[str, int, int], None]
-"""(teacher, files of its responses done, files in all)."""
+"""(teacher, its responses done, its responses in all)."""
 
 
 def references_needed(study: Study, runs: Iterable[TrainingRun]) -> dict[str, list[str]]:
@@ -31,42 +33,34 @@ def references_needed(study: Study, runs: Iterable[TrainingRun]) -> dict[str, li
     return {student: list(teachers) for student, teachers in needed.items()}
 
 
-def missing_files(store: Store, student: str, teacher: str) -> list[str]:
-    """Names of the committed response files of a teacher that this student has not judged yet."""
-    done = {path.rpartition("/")[2] for path in store.committed(Store.references(student, teacher))}
-    names = [path.rpartition("/")[2] for path in store.committed(Store.responses(teacher))]
-    return [name for name in names if name not in done]
-
-
 def reference(study: Study, store: Store, student: str, teachers: list[str], on_progress: OnProgress) -> None:
     """Computes what is missing of `references/student=<student>/teacher=<each>/`.
 
-    One pool of workers, each with the student loaded once, serves all teachers. A file is committed by the worker that
-    computed it, under the name of the responses' file: doing it twice changes nothing.
+    One pool of workers, each with the student loaded once, serves all teachers. A block is committed by the worker
+    that computed it, under a name that says which it is: doing it twice changes nothing.
 
     Raises:
-        StageError: a file failed; what is committed stays.
+        StageError: a block failed; what is committed stays.
     """
-    work = [(teacher, name) for teacher in teachers for name in missing_files(store, student, teacher)]
+    work = [block for teacher in teachers for block in missing_blocks(store, student, teacher)]
     training = study.recipe.training
     if not work or training is None:
         return
-    totals = {teacher: len(store.committed(Store.responses(teacher))) for teacher in teachers}
-    done = {teacher: totals[teacher] - sum(item[0] == teacher for item in work) for teacher in teachers}
-    for teacher in _stream(study, training, store, student, work):
-        done[teacher] += 1
-        on_progress(teacher, done[teacher], totals[teacher])
+    totals = {teacher: store.count_rows(Store.responses(teacher)) for teacher in teachers}
+    done = {teacher: totals[teacher] - sum(b.rows for b in work if b.teacher == teacher) for teacher in teachers}
+    for block in _stream(study, training, store, student, work):
+        done[block.teacher] += block.rows
+        on_progress(block.teacher, done[block.teacher], totals[block.teacher])
 
 
-def _stream(study: Study, training: Training, store: Store, student: str, work: list[tuple[str, str]]) -> Iterator[str]:
-    """The teacher of each file as it is committed."""
+def _stream(study: Study, training: Training, store: Store, student: str, work: list[Block]) -> Iterator[Block]:
+    """Each block as it is committed."""
     from deltaray.reference.worker import ReferenceWorker
 
     quiet_ray_data()
     gpus = Capacity(0, ray.cluster_resources().get("GPU", 0)).gpus_per_worker(training.gpus_per_worker)
-    rows = [{"teacher": teacher, "file": name} for teacher, name in work]
-    responses = sum(store.count_rows(Store.responses(teacher)) for teacher in {teacher for teacher, _ in work})
-    workers = min(training.workers, len(rows), math.ceil(responses / RESPONSES_PER_WORKER) or 1)
+    rows = [asdict(block) for block in work]
+    workers = min(training.workers, len(rows), math.ceil(sum(block.rows for block in work) / RESPONSES_PER_WORKER))
     stream = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
         ReferenceWorker,
         fn_constructor_args=(store, student, study.students[student], training),
@@ -76,7 +70,7 @@ def _stream(study: Study, training: Training, store: Store, student: str, work: 
     )
     try:
         for row in stream.iter_rows():
-            yield row["teacher"]
+            yield Block(**row)
     except (ray.exceptions.RayError, ValueError) as error:
         raise _failure(error, student) from error
 

@@ -145,12 +145,15 @@ def definitions(study: Study) -> dict[str, dict[str, Any]]:
         found[f"scores/scorer={name}"] = scorer.model_dump(mode="json")
     for name, student in study.students.items():
         found[f"students/{name}"] = {**model_identity(student), "max_length": student.max_length}
+        if recipe.training:
+            found[f"references/student={name}"] = {"dtype": recipe.training.dtype}
     for name, pairing in study.pairings.items():
         found[f"pairs/pairing={name}"] = pairing.model_dump(mode="json") | {"student": study.student_of(name)}
     for name, run in study.runs.items():
-        dtype = recipe.training.dtype if recipe.training else None
+        assert recipe.training is not None
+        common = {"dtype": recipe.training.dtype, "heldout": recipe.training.heldout}
         settings = run.settings.model_dump(mode="json")
-        found[f"training/{name}"] = {**settings, "student": run.student, "pairing": run.pairing, "dtype": dtype}
+        found[f"training/{name}"] = {**settings, "student": run.student, "pairing": run.pairing, **common}
     for section in ("tasks", "selection"):
         for name, task in _tasks(study, section).items():
             found[f"evaluation/task={name}"] = task.model_dump(mode="json", exclude={"path", "limit"})

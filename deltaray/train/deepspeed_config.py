@@ -3,7 +3,6 @@
 from typing import Any
 
 from deltaray.recipe.training import Run, Training
-from deltaray.train.batches import micro_batches
 
 BUCKET = 50_000_000
 """Elements reduced at a time; DeepSpeed's default of 5e8 would allocate 2 GB of float32 per worker at once."""
@@ -12,15 +11,15 @@ BUCKET = 50_000_000
 def deepspeed_config(training: Training, run: Run) -> dict[str, Any]:
     """What `deepspeed.initialize` gets beside the optimizer.
 
-    The loop sets the accumulation boundary itself (an epoch's last batch is smaller) and divides the loss itself (by
-    what the global batch holds), so the accumulation steps named here only tell DeepSpeed whether it accumulates.
+    The loop cuts batches by tokens, sets the accumulation boundary itself and divides the loss itself (by what the
+    global batch holds); the numbers named here only tell DeepSpeed that gradients are accumulated.
     """
-    micro_batch, steps = micro_batches(run.batch_size, training.workers, training.micro_batch_size)
     return {
-        "train_micro_batch_size_per_gpu": micro_batch,
-        "gradient_accumulation_steps": steps,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 2,
         "gradient_clipping": run.max_grad_norm,
         "zero_allow_untested_optimizer": True,  # torch's AdamW: no compiler needed, the same on CPU and GPU
+        "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 1_000_000_000,
         "zero_optimization": _zero(training),
         **_precision(training),
@@ -34,6 +33,10 @@ def _zero(training: Training) -> dict[str, Any]:
     settings: dict[str, Any] = {"stage": stage, "reduce_bucket_size": BUCKET}
     if stage == 3:
         settings["stage3_prefetch_bucket_size"] = BUCKET
+    if training.offload != "none":
+        settings["offload_optimizer"] = {"device": "cpu"}
+    if training.offload == "all":
+        settings["offload_param"] = {"device": "cpu"}
     return settings
 
 

@@ -1,4 +1,4 @@
-"""The student under DeepSpeed: loading it (partitioned from the start with ZeRO 3) and saving its weights."""
+"""The student under DeepSpeed: loading it (partitioned from the start with ZeRO 3) and saving what was trained."""
 
 import gc
 import tempfile
@@ -24,14 +24,15 @@ def join_process_group() -> None:
     deepspeed.init_distributed(dist_backend=torch.distributed.get_backend())
 
 
-def start_engine(student: Student, training: Training, run: Run, **overrides: Any) -> Any:
-    """A DeepSpeed engine around `ResponseLogProbs`; `overrides` replace keys of DeepSpeed's configuration."""
+def start_engine(student: Student, training: Training, run: Run) -> Any:
+    """A DeepSpeed engine around `ResponseLogProbs`."""
     from transformers.integrations import HfDeepSpeedConfig
 
-    config = deepspeed_config(training, run) | overrides
+    config = deepspeed_config(training, run)
     # While this object lives, from_pretrained partitions every weight as it is read: no worker ever holds the whole.
     partitioning = HfDeepSpeedConfig(config) if training.zero_stage == 3 else None
-    module = load_module(student, training.dtype)
+    torch.manual_seed(run.seed)  # a fresh adapter is the same on every worker
+    module = load_module(student, training.dtype, run.lora)
     del partitioning
     if training.gradient_checkpointing:
         module.model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -43,8 +44,9 @@ def start_engine(student: Student, training: Training, run: Run, **overrides: An
 
 def _optimizer(module: nn.Module, run: Run) -> torch.optim.Optimizer:
     assert isinstance(run.learning_rate, float)
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     return torch.optim.AdamW(
-        module.parameters(), lr=run.learning_rate, betas=run.adam_betas, weight_decay=run.weight_decay
+        trained, lr=run.learning_rate, betas=run.adam_betas, weight_decay=run.weight_decay, fused=True
     )
 
 
@@ -57,14 +59,16 @@ def stop_engine(engine: Any) -> None:
         torch.cuda.empty_cache()
 
 
-def gathered_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The whole state on the CPU of rank 0 (other ranks: empty); a collective call, one weight at a time.
+def gathered_weights(model: nn.Module, trained_only: bool) -> dict[str, Tensor]:
+    """The state on the CPU of rank 0 (other ranks: empty); a collective call, one weight at a time.
 
     Names that share a weight (tied embeddings) share its copy, too.
     """
     state: dict[str, Tensor] = {}
     copies: dict[int, Tensor] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
+        if trained_only and not tensor.requires_grad:
+            continue
         with deepspeed.zero.GatheredParameters([tensor], enabled=hasattr(tensor, "ds_id")):
             if torch.distributed.get_rank() == 0:
                 if id(tensor) not in copies:
@@ -73,13 +77,14 @@ def gathered_weights(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def save_student(engine: Any, tokenizer: Any, store: Store, name: str) -> None:
-    """Commits a Hugging Face folder from rank 0; all ranks call it."""
+def save_trained(engine: Any, tokenizer: Any, store: Store, path: str, adapter: bool) -> None:
+    """Commits a Hugging Face folder, or a PEFT adapter's, from rank 0; all ranks call it."""
     model = engine.module.model
-    state = gathered_weights(model)
+    state = gathered_weights(model, trained_only=adapter)
     if torch.distributed.get_rank() == 0:
+        options = {"save_embedding_layers": False} if adapter else {}
         with tempfile.TemporaryDirectory() as folder:
-            model.save_pretrained(folder, state_dict=state)
+            model.save_pretrained(folder, state_dict=state, **options)
             tokenizer.save_pretrained(folder)
-            store.put_folder(Path(folder), Store.student(name))
+            store.put_folder(Path(folder), path)
     torch.distributed.barrier()

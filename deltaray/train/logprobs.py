@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-CHUNK_TOKENS = 1024
-"""Tokens whose logits exist at a time: 1,024 x 128,000 float32 are half a GiB."""
+from deltaray.train.layout import Layout
+
+CHUNK = 1 << 27
+"""Logits that exist at a time: half a GiB of float32."""
 
 RESCALED = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
 """Settings of models that do more to their logits than a matrix product; None or 1 means that they do not."""
@@ -23,27 +25,32 @@ class ResponseLogProbs(nn.Module):
         ValueError: the model's logits are more than its output layer's matrix product.
     """
 
-    def __init__(self, model: Any, chunk_tokens: int = CHUNK_TOKENS) -> None:
+    def __init__(self, model: Any, chunk: int = CHUNK) -> None:
         super().__init__()
         changed = [key for key in RESCALED if getattr(model.config, key, None) not in (None, 1, 1.0)]
         if changed:
             raise ValueError(f"models that rescale their logits are not supported (config.{changed[0]})")
         self.model = model
-        self.head = SelectedLogProbs(chunk_tokens)
+        self.head = SelectedLogProbs(chunk)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """(sums of response tokens' log-probabilities in nats, numbers of response tokens): float32 [B], int64 [B].
-
-        All inputs are [B, T], padded on the right; response_mask is true where a token belongs to the response.
-        """
+    def forward(
+        self,
+        input_ids: Tensor,
+        predictors: Tensor,
+        targets: Tensor,
+        lengths: Tensor,
+        position_ids: Tensor | None = None,
+        layout: Layout | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Sums of the responses' token log-probabilities in nats, float32 [R]; the arguments are those of `Inputs`."""
+        packed = {} if layout is None else {"position_ids": position_ids, "layout": layout}
         hidden = self.model.get_decoder()(
-            input_ids=input_ids, attention_mask=attention_mask, use_cache=False
-        ).last_hidden_state
-        predicted = response_mask[:, 1:].bool()  # the token at t is predicted by the hidden state at t - 1
-        values = self.head(hidden[:, :-1][predicted], input_ids[:, 1:][predicted], self.model.get_output_embeddings())
-        # Rows are put back and summed as a whole: index_add would be non-deterministic on GPUs.
-        table = torch.zeros(predicted.shape, dtype=torch.float32, device=values.device)
-        return table.masked_scatter(predicted, values).sum(dim=1), predicted.sum(dim=1)
+            input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **packed
+        ).last_hidden_state.flatten(0, 1)
+        values = self.head(hidden[predictors], targets, self.model.get_output_embeddings())
+        # Sums over ranges, not index_add, which would be non-deterministic on GPUs.
+        return torch.segment_reduce(values, "sum", lengths=lengths, unsafe=True)
 
 
 class SelectedLogProbs(nn.Module):
@@ -54,16 +61,19 @@ class SelectedLogProbs(nn.Module):
     registered as this module's external parameter.
     """
 
-    def __init__(self, chunk_tokens: int) -> None:
+    def __init__(self, chunk: int) -> None:
         super().__init__()
-        self.chunk_tokens = chunk_tokens
+        self.chunk = chunk
 
     def forward(self, hidden: Tensor, targets: Tensor, layer: nn.Linear) -> Tensor:
         """Log-probabilities, float32 [N], of targets [N] given hidden states [N, H]."""
         weight, bias = layer.weight, layer.bias
+        at_once = max(1, self.chunk // weight.shape[0])
+        if len(targets) <= at_once:
+            return _log_probs(hidden, targets, weight, bias)
         parts = []
-        for start in range(0, len(targets), self.chunk_tokens):
-            chunk = slice(start, start + self.chunk_tokens)
+        for start in range(0, len(targets), at_once):
+            chunk = slice(start, start + at_once)
             # Logits are computed again in the backward pass instead of being kept for it.
             parts.append(checkpoint(_log_probs, hidden[chunk], targets[chunk], weight, bias, use_reentrant=False))
         return torch.cat(parts)

@@ -1,32 +1,28 @@
 """The training loop, inside a worker of Ray Train: one worker group trains any number of students one after another."""
 
-import json
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from deltaray.chat import load_tokenizer
-from deltaray.contracts import METRICS
 from deltaray.errors import StageError, UserError
 from deltaray.recipe.models import Student
 from deltaray.recipe.study import TrainingRun
 from deltaray.recipe.training import Training
 from deltaray.store import Store
-from deltaray.train.batches import Example, batch_at, collate, denominator, pad_id_of, read_examples, slice_batch
-from deltaray.train.engine import join_process_group, save_student, start_engine, stop_engine
-from deltaray.train.losses import LOSSES, PairLosses, Side, split_sides
-from deltaray.train.schedule import learning_rate, steps_per_epoch, total_steps
+from deltaray.train.checkpoint import Checkpoints
+from deltaray.train.engine import join_process_group, save_trained, stop_engine
+from deltaray.train.examples import Data, check_vocabulary, read_data
+from deltaray.train.reporter import Reporter
+from deltaray.train.schedule import total_steps
+from deltaray.train.signatures import Signature, Watcher
+from deltaray.train.trainer import Metrics, Trainer
 
-REPORT_INTERVAL = 0.2
-"""Seconds between two progress messages of a run; metrics.jsonl has every step."""
-
-Metrics = dict[str, float | int | None]
 log = logging.getLogger(__name__)
 
 
@@ -42,10 +38,12 @@ class Job:
 
 
 def train_runs(job: Job) -> None:
-    """Trains every run whose student is not committed yet. Called on all workers at once.
+    """Trains every run that is not committed yet. Called on all workers at once.
 
-    Data that cannot be trained on is told to the driver instead of raised: trying again would not mend it.
+    What trying again would not mend is told to the driver instead of raised.
     """
+    if ray.get(job.progress.refused.remote()) is not None:  # by the worker group before this one
+        return
     join_process_group()
     for run in _missing(job):
         refusal = _train(job, run)
@@ -57,7 +55,7 @@ def train_runs(job: Job) -> None:
 
 def _missing(job: Job) -> list[TrainingRun]:
     """As rank 0 sees it: workers that looked for themselves could disagree, and then wait for each other for ever."""
-    names = [[run.name for run in job.runs if not job.store.has_student(run.name)]]
+    names = [[run.name for run in job.runs if not job.store.trained(run.name)]]
     dist.broadcast_object_list(names, src=0)
     return [run for run in job.runs if run.name in names[0]]
 
@@ -65,149 +63,145 @@ def _missing(job: Job) -> list[TrainingRun]:
 def _train(job: Job, run: TrainingRun) -> Exception | None:
     if dist.get_rank() == 0:
         job.progress.start.remote(run.name)
-    tokenizer, examples, refusal = _read(job, run)
-    if refusal is not None:
+    tokenizer, data, refusal = _read(job, run)
+    if refusal is not None or data is None:
         return refusal
-    total = total_steps(len(examples), run.settings)
-    report = _Reporter(job, run.name, total)
-    trainer = Trainer(job.training, job.students[run.student], run, examples, pad_id_of(tokenizer))
-    for step in range(total):
-        report(trainer.step(step, total))
-    report.commit()
-    save_student(trainer.engine, tokenizer, job.store, run.name)
-    stop_engine(trainer.engine)
+    try:
+        _Session(job, run, tokenizer, data).run_to_the_end()
+    except torch.cuda.OutOfMemoryError as error:
+        refusal = StageError(_out_of_memory(run.name, job.training, error))
+        ray.get(job.progress.refuse.remote(refusal))
+        raise refusal from error  # the other workers wait for this one: the group has to end
+    except StageError as error:
+        return error
     return None
 
 
-def _read(job: Job, run: TrainingRun) -> tuple[Any, list[Example], Exception | None]:
-    """(tokenizer, examples, what any worker refused): all workers agree, so that none waits for one that gave up."""
-    student, tokenizer = job.students[run.student], None
-    examples: list[Example] = []
+def _out_of_memory(name: str, training: Training, error: Exception) -> str:
+    return (
+        f"training {name}: a GPU is out of memory: {str(error).splitlines()[0]}\n"
+        f"in `training:`, lower tokens_per_pass (now {training.tokens_per_pass}), set gradient_checkpointing: true "
+        f"(now {str(training.gradient_checkpointing).lower()}), or move state to the machine's memory with "
+        f"offload: optimizer or all (now {training.offload}); more workers under zero_stage: 3 help, too"
+    )
+
+
+def _read(job: Job, run: TrainingRun) -> tuple[Any, Data | None, Exception | None]:
+    """(tokenizer, data, what any worker refused): all workers agree, so that none waits for one that gave up."""
+    student, tokenizer, data = job.students[run.student], None, None
     refusal: Exception | None = None
     try:
         tokenizer = load_tokenizer(student, "student")
-        examples, dropped = read_examples(job.store, tokenizer, run, student.max_length)
-        log.info("%s: %d pairs, %d dropped because their prompt leaves no room", run.name, len(examples), dropped)
-        if not examples:
-            refusal = StageError(f"{run.name}: no pairs to train on in {run.pairing} ({dropped} prompts are too long)")
+        data = read_data(job.store, run, student, tokenizer.eos_token_id, job.training.heldout)
+        if not len(data.train):
+            refusal = StageError(f"{run.name}: no pairs to train on in {run.pairing}: {_what_became(data.counts)}")
     except (UserError, StageError) as error:
         refusal = error
     refusals: list[Exception | None] = [None] * dist.get_world_size()
     dist.all_gather_object(refusals, refusal)
-    return tokenizer, examples, next((item for item in refusals if item is not None), None)
+    return tokenizer, data, next((item for item in refusals if item is not None), None)
 
 
-class Trainer:
-    """One run's engine and data. Every method is a collective call."""
-
-    def __init__(
-        self,
-        training: Training,
-        student: Student,
-        run: TrainingRun,
-        examples: list[Example],
-        pad_id: int,
-        **overrides: Any,
-    ) -> None:
-        torch.manual_seed(run.settings.seed)
-        self.micro_batch_size, self.pad_id = training.micro_batch_size, pad_id
-        self.run, self.examples = run.settings, examples
-        self.loss = LOSSES[run.settings.loss]
-        self.rank, self.workers = dist.get_rank(), dist.get_world_size()
-        self.engine = start_engine(student, training, run.settings, **overrides)
-
-    def step(self, step: int, total: int) -> Metrics:
-        """One optimizer step (counted from 0); its metrics are those of the whole global batch on every rank."""
-        started = time.monotonic()
-        indices = batch_at(len(self.examples), self.run.batch_size, self.run.seed, step)
-        batch = [self.examples[index] for index in indices]
-        rate = learning_rate(self.run, step, total)
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = rate
-        sums = self._accumulate(indices, denominator(self.loss, batch))
-        self.engine.step()
-        tokens, seconds = sum(row.tokens(self.loss.needs_rejected) for row in batch), time.monotonic() - started
-        return {
-            "step": step + 1,
-            "epoch": (step + 1) / steps_per_epoch(len(self.examples), self.run),
-            "learning_rate": rate,
-            "grad_norm": float(self.engine.get_global_grad_norm()),
-            "tokens": tokens,
-            "tokens_per_second": tokens / seconds,
-            "samples": len(batch),
-            "loss": float(sums[0]) / denominator(self.loss, batch),
-            **self._means(sums, len(batch)),
-        }
-
-    def _accumulate(self, indices: list[int], divisor: int) -> Tensor:
-        """Forward and backward passes of one global batch; returns the sums of `_totals` over all workers."""
-        lengths = [self.examples[index].length(self.loss.needs_rejected) for index in indices]
-        slices = slice_batch(indices, lengths, self.workers, self.micro_batch_size)
-        sums = torch.zeros(len(TOTALS), dtype=torch.float64, device=self.engine.device)
-        for number, share in enumerate(slices):
-            self.engine.set_gradient_accumulation_boundary(number == len(slices) - 1)
-            sums += self._pass(share[self.rank], divisor)
-        dist.all_reduce(sums)
-        return sums.cpu()
-
-    def _pass(self, share: list[tuple[int, float]], divisor: int) -> Tensor:
-        rows = [self.examples[index] for index, _ in share]
-        batch = collate(rows, [weight for _, weight in share], self.pad_id, self.loss.needs_rejected)
-        batch = batch.to(self.engine.device)
-        logp, tokens = self.engine(**batch.inputs)
-        chosen, rejected = split_sides(logp, tokens, batch.reference, self.loss.needs_rejected)
-        values = self.loss.function(chosen, rejected, self.run.beta)
-        # DeepSpeed takes the mean of the workers' gradients; what is wanted is their sum.
-        loss = (values.losses * batch.weights).sum() * (self.workers / divisor)
-        self.engine.backward(loss, scale_wrt_gas=False)
-        return _totals(values, chosen, rejected, batch.weights)
-
-    def _means(self, sums: Tensor, pairs: int) -> Metrics:
-        values = {name: float(total) / pairs for name, total in zip(TOTALS[1:], sums[1:], strict=True)}
-        rejected, rewards = self.loss.needs_rejected, self.loss.needs_reference
-        known = {"logps_chosen": True, "logps_rejected": rejected}
-        return {name: value if known.get(name, rewards) else None for name, value in values.items()}
+def _what_became(counts: dict[str, int]) -> str:
+    return ", ".join(f"{number:,} {what.replace('_', ' ')}" for what, number in counts.items())
 
 
-TOTALS = (
-    "loss", "logps_chosen", "logps_rejected", "rewards_chosen", "rewards_rejected", "rewards_margin",
-    "rewards_accuracy",
-)  # fmt: skip
-"""What is summed over pairs and workers in a step."""
+@dataclass
+class _Session:
+    """One run from its newest checkpoint to the committed student."""
 
+    job: Job
+    run: TrainingRun
+    tokenizer: Any
+    data: Data
+    saved: float = field(default_factory=time.monotonic)
+    best: tuple[float, str] | None = None  # (held-out accuracy, name of its checkpoint)
 
-@torch.no_grad()
-def _totals(values: PairLosses, chosen: Side, rejected: Side | None, weights: Tensor) -> Tensor:
-    """float64 [len(TOTALS)]; log-probabilities are each pair's mean over its response tokens."""
-    none = torch.zeros_like(weights)
-    good = values.rewards_chosen if values.rewards_chosen is not None else none
-    bad = values.rewards_rejected if values.rewards_rejected is not None else none
-    logp_rejected = rejected.logp / rejected.tokens if rejected else none
-    columns = [values.losses, chosen.logp / chosen.tokens, logp_rejected, good, bad, good - bad, (good > bad).float()]
-    return (torch.stack(columns).double() * weights).sum(dim=1)
-
-
-class _Reporter:
-    """Rank 0's metrics: live to the driver's actor, and as one file once the run is trained."""
-
-    def __init__(self, job: Job, name: str, total: int) -> None:
-        self.job, self.name, self.total = job, name, total
-        self.lines: list[str] = []
-        self.sent = 0.0
-        self._send(0, {})
-
-    def __call__(self, metrics: Metrics) -> None:
-        self.lines.append(json.dumps({key: metrics[key] for key in (*METRICS, "samples")}))
-        step = len(self.lines)
-        if step == self.total or time.monotonic() - self.sent >= REPORT_INTERVAL:
-            self._send(step, metrics)
-
-    def _send(self, step: int, metrics: Metrics) -> None:
+    def run_to_the_end(self) -> None:
+        job, run = self.job, self.run
+        self.trainer = Trainer(job.training, job.students[run.student], run, self.data, self._pad_id())
+        check_vocabulary(self.data, self._vocabulary(), job.students[run.student].model)
+        self.total = total_steps(len(self.data.train), run.settings)
+        self.reporter = Reporter(job.store, job.progress, run.name, self.total, self.data.counts)
+        self.checkpoints = Checkpoints(job.store, run.name)
+        self.watcher = Watcher(job.training.watch, self.total)
+        self._steps(self._resume())
+        self.reporter.commit()
+        adapter = run.settings.lora is not None
+        path = Store.adapter(run.name) if adapter else Store.student(run.name)
+        save_trained(self.trainer.engine, self.tokenizer, job.store, path, adapter)
+        stop_engine(self.trainer.engine)
         if dist.get_rank() == 0:
-            self.job.progress.put.remote(self.name, step, self.total, metrics)
-            self.sent = time.monotonic()
+            self.checkpoints.clear()
 
-    def commit(self) -> None:
-        if dist.get_rank() == 0:
-            path = f"{Store.training(self.name)}/metrics.jsonl"
-            self.job.store.write_bytes(path, "".join(f"{line}\n" for line in self.lines).encode())
+    def _pad_id(self) -> int:
+        """Padding is masked everywhere, so any id will do where a tokenizer names none."""
+        known = self.tokenizer.pad_token_id
+        return int(known if known is not None else self.tokenizer.eos_token_id)
+
+    def _vocabulary(self) -> int:
+        return int(self.trainer.engine.module.model.config.get_text_config().vocab_size)
+
+    def _resume(self) -> int:
+        """The step to go on with."""
+        state, damaged = self.checkpoints.load(self.trainer.engine, self.data.fingerprint)
+        for name in damaged:
+            self.reporter.say(f"checkpoint {name} is damaged or of other pairs, and is left out")
+        if state is None:
+            self.reporter.begin([])
+            return 0
+        self.best = tuple(state["best"]) if state["best"] else None
+        for line in state["lines"]:
+            self.watcher.see(line)
+        self.reporter.begin(state["lines"])
+        self.reporter.say(f"resumed after step {state['step']}")
+        return int(state["step"])
+
+    def _steps(self, first: int) -> None:
+        for step in range(first, self.total):
+            metrics = self.trainer.step(step, self.total)
+            if evaluated := self._is_evaluated(step):
+                metrics |= self.trainer.evaluate()
+            found = self.watcher.see(metrics)
+            self.reporter(metrics, found)
+            if stop := [item for item in found if item.name in self.job.training.watch.stop_on]:
+                return self._stop(stop[0])
+            if (evaluated and self._is_best(metrics)) or self._is_due(step):
+                self._save(step, metrics, evaluated)
+
+    def _is_evaluated(self, step: int) -> bool:
+        every = max(1, self.total // self.job.training.heldout_evaluations)
+        return len(self.data.heldout) > 0 and ((step + 1) % every == 0 or step + 1 == self.total)
+
+    def _is_best(self, metrics: Metrics) -> bool:
+        """Only a run that may be stopped goes back to its best checkpoint."""
+        watched = set(self.job.training.watch.stop_on) - {"not_finite"} and metrics["heldout_accuracy"] is not None
+        return bool(watched) and (self.best is None or metrics["heldout_accuracy"] > self.best[0])
+
+    def _is_due(self, step: int) -> bool:
+        """As rank 0 sees it: clocks differ."""
+        every = self.job.training.checkpoint_steps
+        late = time.monotonic() - self.saved > 60 * self.job.training.checkpoint_minutes
+        due = [step + 1 < self.total and (late or bool(every and (step + 1) % every == 0))]
+        dist.broadcast_object_list(due, src=0)
+        return due[0]
+
+    def _save(self, step: int, metrics: Metrics, evaluated: bool) -> None:
+        lines, data = self.reporter.lines, self.data.fingerprint
+        state = {"step": step + 1, "data": data, "lines": lines, "best": self.best}
+        best = evaluated and self._is_best(metrics)
+        name = self.checkpoints.save(self.trainer.engine, step + 1, state, keep=self.best[1] if self.best else None)
+        if best:
+            self.best = (metrics["heldout_accuracy"], name)
+        self.saved = time.monotonic()
+        self.reporter.commit()
+
+    def _stop(self, signature: Signature) -> None:
+        """Goes back to the best checkpoint (without held-out pairs: the newest)."""
+        names = [self.best[1]] if self.best else self.checkpoints.complete()[:1]
+        if signature.name == "not_finite" and not names:
+            raise StageError(f"{self.run.name}: step {signature.step}: {signature.message}")
+        for name in names:
+            self.checkpoints.load_one(self.trainer.engine, name, self.data.fingerprint)
+        where = names[0] if names else "this step"
+        self.reporter.say(f"stopped at step {signature.step} by {signature.name}; the student is that of {where}")

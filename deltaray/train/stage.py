@@ -26,23 +26,25 @@ COLLECTIVE_TIMEOUT = 7200
 """Seconds that a worker waits for the others; rank 0 alone uploads a student meanwhile."""
 
 
-def train(study: Study, store: Store, runs: list[TrainingRun], on_progress: OnProgress) -> list[str]:
-    """Trains the runs whose student is missing and returns their names; progress comes on another thread.
+def train(
+    study: Study, store: Store, runs: list[TrainingRun], on_progress: OnProgress, say: Callable[[str], None]
+) -> list[str]:
+    """Trains the runs that are not trained yet and returns their names; progress comes on another thread.
 
-    A retried worker group skips what is committed and starts the interrupted run anew.
+    A retried worker group skips what is committed and goes on from the interrupted run's newest checkpoint.
 
     Raises:
         StageError: a run failed more often than it is retried, or its pairs and references do not fit together; what
             is committed stays.
     """
-    missing = [run for run in runs if not store.has_student(run.name)]
+    missing = [run for run in runs if not store.trained(run.name)]
     training = study.recipe.training
     if not missing or training is None:
         return []
     progress = ray.remote(num_cpus=0)(Progress).remote()
     name = f"train-{uuid.uuid4().hex[:8]}"
     try:
-        with _watched(progress, on_progress):
+        with _watched(progress, on_progress, say):
             # in a thread: on the main one Ray Train would take Ctrl-C for itself and end the program with code 0
             side_by_side([_trainer(study, training, store, missing, progress, name).fit])
         refusal = ray.get(progress.refused.remote())
@@ -75,7 +77,7 @@ def _trainer(
         run_config=RunConfig(
             name=name,
             storage_path=f"{store.out}/{_STATE}",
-            failure_config=FailureConfig(max_failures=2),
+            failure_config=FailureConfig(max_failures=training.max_failures),
             worker_runtime_env={"env_vars": _environment(gpus)},
         ),
     )
@@ -100,6 +102,7 @@ class Progress:
 
     def __init__(self) -> None:
         self.events: list[tuple[str, int, int, dict[str, Any]]] = []
+        self.notes: list[str] = []
         self.run = ""
         self.refusal: Exception | None = None
 
@@ -109,9 +112,12 @@ class Progress:
     def put(self, run: str, step: int, total: int, metrics: dict[str, Any]) -> None:
         self.events.append((run, step, total, metrics))
 
-    def take(self) -> list[tuple[str, int, int, dict[str, Any]]]:
-        events, self.events = self.events, []
-        return events
+    def note(self, run: str, text: str) -> None:
+        self.notes.append(f"{run}: {text}")
+
+    def take(self) -> tuple[list[tuple[str, int, int, dict[str, Any]]], list[str]]:
+        events, notes, self.events, self.notes = self.events, self.notes, [], []
+        return events, notes
 
     def refuse(self, refusal: Exception) -> None:
         self.refusal = refusal
@@ -124,15 +130,18 @@ class Progress:
 
 
 @contextmanager
-def _watched(progress: Any, on_progress: OnProgress) -> Iterator[None]:
+def _watched(progress: Any, on_progress: OnProgress, say: Callable[[str], None]) -> Iterator[None]:
     """Passes the actor's events on while the block runs, and the last ones after it."""
     over = threading.Event()
 
     def watch() -> None:
         while True:
             last = over.wait(POLL_INTERVAL)
-            for event in ray.get(progress.take.remote()):
+            events, notes = ray.get(progress.take.remote())
+            for event in events:
                 on_progress(*event)
+            for note in notes:
+                say(note)
             if last:
                 return
 

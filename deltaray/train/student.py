@@ -1,16 +1,23 @@
 """The student as training and the reference pass see it. Knows nothing of DeepSpeed."""
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 from deltaray.errors import StageError
 from deltaray.recipe.models import Student
+from deltaray.recipe.training import Lora
+from deltaray.train.attention import PACKED, can_pack
 from deltaray.train.logprobs import ResponseLogProbs
 
 
-def load_module(student: Student, dtype: str) -> ResponseLogProbs:
+def load_module(student: Student, dtype: str, lora: Lora | None = None) -> ResponseLogProbs:
     """The student with its response log-probabilities as output; dropout is off, so that the reference is exact.
+
+    Args:
+        lora: freeze the student and put a fresh adapter on it; an adapter's own dropout stays.
 
     Raises:
         StageError: weights are missing from the student's files.
@@ -25,7 +32,30 @@ def load_module(student: Student, dtype: str) -> ResponseLogProbs:
     if info["missing_keys"]:
         raise StageError(f"{student.model}: no weights for {sorted(info['missing_keys'])[0]} (and maybe others)")
     _switch_dropout_off(model)
-    return ResponseLogProbs(model)
+    if can_pack(model):
+        model.set_attn_implementation(PACKED)
+    return ResponseLogProbs(model if lora is None else _with_adapter(model, lora))
+
+
+def is_packed(module: ResponseLogProbs) -> bool:
+    """Whether the model takes packed rows; otherwise padded ones."""
+    return bool(module.model.config._attn_implementation == PACKED)
+
+
+def _with_adapter(model: Any, lora: Lora) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.targets,
+    )
+    try:
+        return get_peft_model(model, config, autocast_adapter_dtype=False)
+    except ValueError as error:
+        raise StageError(f"lora.targets: {str(error).splitlines()[0]}") from None
 
 
 def _switch_dropout_off(model: nn.Module) -> None:

@@ -1,0 +1,37 @@
+"""What one unit of the reference pass is: some rows of a file of responses, committed as one file of references."""
+
+from dataclasses import dataclass
+
+from deltaray.store import Store
+
+BLOCK = 4096
+"""Responses per block: what a crash costs at most, per worker."""
+
+
+@dataclass(frozen=True)
+class Block:
+    teacher: str
+    responses: str  # path of the file
+    start: int
+    rows: int
+
+    def path(self, student: str) -> str:
+        """Where its references are committed: `<file of responses>-<first row>.parquet`."""
+        name = self.responses.rpartition("/")[2].removesuffix(".parquet")
+        return f"{Store.references(student, self.teacher)}/{name}-{self.start:08d}.parquet"
+
+
+def blocks_of(store: Store, teacher: str) -> list[Block]:
+    """All blocks of a teacher's committed responses."""
+    return [
+        Block(teacher, path, start, min(BLOCK, count - start))
+        for path in store.committed(Store.responses(teacher))
+        for count in (store.count(path),)
+        for start in range(0, count, BLOCK)
+    ]
+
+
+def missing_blocks(store: Store, student: str, teacher: str) -> list[Block]:
+    """Those that this student has not judged yet."""
+    done = set(store.committed(Store.references(student, teacher)))
+    return [block for block in blocks_of(store, teacher) if block.path(student) not in done]
