@@ -184,13 +184,14 @@ def _parts(module: nn.Module) -> Iterator[dict[str, Tensor]]:
 
 def prepare_moments(engine: Any, steps: int) -> None:
     """Gives AdamW the state that it would make at its first step, so that it can be set."""
-    optimizer = engine.optimizer.optimizer
-    for group in optimizer.param_groups:
-        for flat in group["params"]:
-            zeros = {moment: torch.zeros_like(flat, memory_format=torch.preserve_format) for moment in MOMENTS}
-            optimizer.state[flat] = {"step": torch.tensor(float(steps), device=flat.device), **zeros}
-    if hasattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state"):  # ZeRO 1 and 2
-        engine.optimizer._lazy_init_hp_params_optimizer_state()
+    zero = engine.optimizer
+    inner = zero.optimizer
+    flats = getattr(zero, "fp32_partitioned_groups_flat", None)  # ZeRO 3
+    for flat in flats or (flat for group in inner.param_groups for flat in group["params"]):
+        zeros = {moment: torch.zeros_like(flat, memory_format=torch.preserve_format) for moment in MOMENTS}
+        inner.state[flat] = {"step": torch.tensor(float(steps), device=flat.device), **zeros}
+    if flats is None:  # ZeRO 1 and 2
+        zero._lazy_init_hp_params_optimizer_state()
 
 
 def _apply(parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor]) -> None:

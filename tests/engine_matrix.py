@@ -1,0 +1,84 @@
+"""Optimizer steps with and without a restart between them, for several layouts of DeepSpeed: run by test_engines.py.
+
+    python tests/engine_matrix.py OUT '[[{"zero_stage": 2, …}, {"loss": "dpo", …}], …]'
+
+One process, no Ray. Prints one JSON line per pair of layout and settings: losses and gradient norms of every step,
+whether the weights after a restart are those of the run without one, bit for bit, and how far they moved.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ |= {"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "1", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+
+import torch
+import torch.distributed as dist
+from pair_examples import TEXTS, examples, with_references
+from tiny_model import save_tiny
+
+from deltaray.recipe.models import Student
+from deltaray.recipe.study import TrainingRun
+from deltaray.recipe.training import Run, Training
+from deltaray.store import Store
+from deltaray.train.checkpoint import Checkpoints
+from deltaray.train.engine import gathered_weights, join_process_group, stop_engine
+from deltaray.train.examples import Data
+from deltaray.train.student import load_module
+from deltaray.train.trainer import Trainer
+
+STEPS, RESTART = 4, 2
+
+
+def main(out: Path, cases: list[tuple[dict, dict]]) -> None:
+    out.mkdir(exist_ok=True)
+    dist.init_process_group("gloo", init_method=f"file://{out}/rendezvous", rank=0, world_size=1)
+    join_process_group()
+    for number, (layout, settings) in enumerate(cases):
+        print(json.dumps(compare(out / str(number), layout, settings)), flush=True)
+
+
+def compare(out: Path, layout: dict, settings: dict) -> dict:
+    student = Student(model=save_tiny(out / "student", vocabulary=2048))
+    training = Training(runs={}, tokens_per_pass=80, **{"dtype": "float32"} | layout)
+    settings = {"batch_size": 5, "learning_rate": 1e-3, "weight_decay": 0.01} | settings
+    run = TrainingRun("run", "student", "pairs", Run(pairing="pairs", **settings), None)
+    pairs = examples(TEXTS * 3)
+    data = Data(with_references(load_module(student, training.dtype), pairs), pairs.select([]), {})
+
+    def steps(trainer: Trainer, first: int, last: int) -> list[dict]:
+        return [trainer.step(step, STEPS) for step in range(first, last)]
+
+    def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+        return gathered_weights(trainer.engine.module.model, trained_only=True)
+
+    whole = Trainer(training, student, run, data, 0)
+    before = weights(whole)
+    lines = steps(whole, 0, STEPS)
+    expected = weights(whole)
+    stop_engine(whole.engine)
+
+    checkpoints = Checkpoints(Store(str(out / "store")), "run")
+    first = Trainer(training, student, run, data, 0)
+    again = steps(first, 0, RESTART)
+    checkpoints.save(first.engine, RESTART, {"step": RESTART, "data": data.fingerprint})
+    stop_engine(first.engine)
+    second = Trainer(training, student, run, data, 0)
+    state, left_out = checkpoints.load(second.engine, data.fingerprint)
+    again += steps(second, state["step"], STEPS)
+    found = weights(second)
+    stop_engine(second.engine)
+    return {
+        "losses": [line["loss"] for line in lines],
+        "norms": [line["grad_norm"] for line in lines],
+        "losses_with_restart": [line["loss"] for line in again],
+        "left_out": left_out,
+        "names": len(expected),
+        "same": all(torch.equal(expected[name], found[name]) for name in expected) and len(found) == len(expected),
+        "moved": min(float((expected[name] - before[name]).abs().max()) for name in expected),
+    }
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), json.loads(sys.argv[2]))

@@ -1,0 +1,56 @@
+"""DeepSpeed's layouts one by one, in one process of their own: what they compute, and that a restart changes no bit."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+LORA = {"rank": 4, "alpha": 8, "dropout": 0.1}
+CASES = {
+    "ZeRO 1": ({"zero_stage": 1}, {}),
+    "ZeRO 2, offloaded optimizer": ({"zero_stage": 2, "offload": "optimizer"}, {}),
+    "ZeRO 2, bfloat16": ({"zero_stage": 2, "dtype": "bfloat16"}, {}),
+    "ZeRO 3, offloaded, checkpointing": ({"offload": "all", "gradient_checkpointing": True}, {}),
+    "ZeRO 3, bfloat16": ({"dtype": "bfloat16"}, {}),
+    "ZeRO 3, LoRA with dropout": ({}, {"lora": LORA}),
+    "ZeRO 2, LoRA with dropout, bfloat16": ({"zero_stage": 2, "dtype": "bfloat16"}, {"lora": LORA}),
+    "ZeRO 3, kto": ({}, {"loss": "kto"}),
+}
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    script = Path(__file__).parent / "engine_matrix.py"
+    command = [sys.executable, str(script), str(tmp_path_factory.mktemp("engines")), json.dumps(list(CASES.values()))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    return dict(zip(CASES, lines, strict=True))
+
+
+@pytest.mark.parametrize("case", list(CASES))
+def test_a_restart_changes_no_bit(results, case):
+    found = results[case]
+    assert found["same"] and found["losses_with_restart"] == found["losses"]
+    assert found["left_out"] == []
+    assert found["moved"] > 1e-3
+    assert found["names"] == (28 if "LoRA" in case else 21)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if "kto" not in case])
+def test_every_layout_starts_at_ln_2(results, case):
+    close = 2e-3 if "bfloat16" in case else 2e-6
+    assert results[case]["losses"][0] == pytest.approx(math.log(2), abs=close)
+
+
+def test_kto_starts_at_one_half(results):
+    assert results["ZeRO 3, kto"]["losses"][0] == pytest.approx(0.5, abs=1e-6)
+
+
+@pytest.mark.parametrize("case", ["ZeRO 2, offloaded optimizer", "ZeRO 3, offloaded, checkpointing"])
+def test_layouts_compute_the_same(results, case):
+    for what in ("losses", "norms"):
+        assert results[case][what] == pytest.approx(results["ZeRO 1"][what], rel=1e-4)
