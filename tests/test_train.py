@@ -23,7 +23,7 @@ from deltaray.train.passes import batch_at
 from deltaray.train.schedule import learning_rate
 from deltaray.train.stage import train
 
-PROMPT_COUNT, STEPS = 25, 6  # batches of 10, 10 and 5 pairs, twice
+PROMPT_COUNT, HELD_OUT, STEPS = 25, 5, 4  # two batches of 10 pairs, twice
 
 
 def recipe_for(out, model):
@@ -42,11 +42,14 @@ def recipe_for(out, model):
                 "workers": 2,
                 "dtype": "float32",
                 "tokens_per_pass": 60,  # several passes, some with a pair that only fills up
-                "checkpoint_steps": 2,
+                "checkpoint_steps": 3,
+                "heldout": 0.25,
+                "heldout_evaluations": 2,
                 "runs": {
                     "delta": {**run, "loss": "dpo_norm", "beta": 5.0},
-                    "again": {**run, "loss": "dpo_norm", "beta": 5.0},
                     "sft": {**run, "loss": "sft"},
+                    "lora": {**run, "loss": "dpo", "lora": {"rank": 4, "alpha": 8}},
+                    "kto": {**run, "loss": "kto"},
                 },
             },
         }
@@ -119,7 +122,7 @@ def trained(ray_session, tmp_path_factory):
 
 def read_run(study, store, name):
     student = study.students["student"]
-    return read_data(store, study.runs[name], student, make_tokenizer().eos_token_id, 0.0)
+    return read_data(store, study.runs[name], student, make_tokenizer().eos_token_id, 0.25)
 
 
 def metrics_of(store, name):
@@ -160,8 +163,10 @@ def plain_loss(model, examples, places, run):
     margins = []
     for place, good in zip(places, chosen, strict=True):
         bad = log_probs(place, 1)
-        references = [examples.reference(side, [place])[0] for side in (0, 1)]
-        margins.append((good.mean() - references[0] / len(good)) - (bad.mean() - references[1] / len(bad)))
+        ratios = [ids.sum() - examples.reference(side, [place])[0] for side, ids in enumerate((good, bad))]
+        if run.loss == "dpo_norm":
+            ratios = [ratio / len(ids) for ratio, ids in zip(ratios, (good, bad), strict=True)]
+        margins.append(ratios[0] - ratios[1])
     return -torch.nn.functional.logsigmoid(run.beta * torch.stack(margins)).mean()
 
 
@@ -210,9 +215,36 @@ def test_the_first_loss_against_a_reference_is_ln_2(trained):
     assert metrics_of(trained[1], "delta")[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
 
 
-def test_the_same_seed_gives_the_same_weights(trained):
-    files = [trained[1].local / Store.student(name) / "model.safetensors" for name in ("delta", "again")]
-    assert files[0].read_bytes() == files[1].read_bytes()
+def test_kto_starts_at_one_half(trained):
+    lines = metrics_of(trained[1], "kto")
+    assert lines[0]["loss"] == pytest.approx(0.5, abs=1e-6)
+    assert lines[-1]["loss"] < 0.45
+
+
+@pytest.mark.parametrize("name", ["delta", "lora"])
+def test_what_was_saved_has_the_held_out_loss_that_was_measured(trained, name):
+    """Reloaded by transformers and PEFT, and asked by the definition: nothing was saved empty or stale."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    study, store, _, _ = trained
+    data = read_run(study, store, name)
+    folder = study.students["student"].model if name == "lora" else store.local_folder(Store.student(name))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    if name == "lora":
+        model = PeftModel.from_pretrained(model, store.local_folder(Store.adapter("lora")))
+    with torch.no_grad():
+        loss = plain_loss(model, data.heldout, range(len(data.heldout)), study.runs[name].settings)
+    measured = [line for line in metrics_of(store, name) if "heldout_loss" in line]
+    assert [line["step"] for line in measured] == [2, 4]
+    assert measured[-1]["heldout_loss"] == pytest.approx(loss.item(), rel=1e-4)
+    assert measured[-1]["heldout_loss"] < measured[0]["heldout_loss"]
+    assert len(data.heldout) == HELD_OUT and data.counts["held_out"] == HELD_OUT
+
+
+def test_an_adapter_leaves_no_student_and_a_student_no_adapter(trained):
+    store = trained[1]
+    assert [store.trained(name) for name in ("delta", "lora")] == ["students/delta", "adapters/lora"]
 
 
 def test_every_step_has_a_line_with_every_key(trained):
@@ -220,8 +252,10 @@ def test_every_step_has_a_line_with_every_key(trained):
     for name in ("delta", "sft"):
         lines = metrics_of(store, name)
         assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
-        assert all(set(line) == {*METRICS, "samples"} for line in lines)
-        assert [line["samples"] for line in lines] == [10, 10, 5] * 2
+        heldout = {"heldout_loss", "heldout_accuracy", "heldout_margin"}
+        assert [set(line) - {*METRICS, "samples"} for line in lines] == [set(), heldout] * 2
+        assert all({*METRICS, "samples"} <= set(line) for line in lines)
+        assert [line["samples"] for line in lines] == [10] * STEPS
         assert lines[-1]["epoch"] == pytest.approx(2.0)
         null = {key for key in METRICS if lines[0][key] is None}
         rewards = {key for key in METRICS if key.startswith("rewards_")}
@@ -233,11 +267,12 @@ def test_every_step_has_a_line_with_every_key(trained):
 
 def test_progress_is_told_and_nothing_hidden_stays(trained):
     _, store, events, names = trained
-    assert names == ["delta", "again", "sft"]
+    assert names == ["delta", "sft", "lora", "kto"]
     for name in names:
         steps = [event[1:3] for event in events if event[0] == name]
         assert (steps[0], steps[-1]) == ((0, STEPS), (STEPS, STEPS))
-    assert sorted(path.name for path in (store.local / "students").iterdir()) == ["again", "delta", "sft"]
+    assert sorted(path.name for path in (store.local / "students").iterdir()) == ["delta", "kto", "sft"]
+    assert [path for path in (store.local / ".deltaray" / "checkpoints").rglob("*") if path.is_file()] == []
 
 
 def test_a_student_is_a_whole_model_folder(trained):

@@ -1,0 +1,116 @@
+"""Training that is killed: it goes on by itself or by the same command, and ends where it would have ended."""
+
+import os
+import signal
+import time
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_train import fill_store, metrics_of
+from tiny_model import save_tiny
+
+from deltaray.errors import StageError
+from deltaray.recipe import Recipe, expand
+from deltaray.reference.stage import reference
+from deltaray.store import Store
+from deltaray.train.stage import train
+
+STEPS = 20
+
+
+def study_for(out, model, **training):
+    run = {"pairing": "delta", "batch_size": 5, "epochs": 4, "learning_rate": 1e-3, "beta": 5.0}
+    layout = {"workers": 2, "dtype": "float32", "tokens_per_pass": 150, "checkpoint_steps": 4} | training
+    recipe = {
+        "name": "tiny",
+        "out": str(out),
+        "prompts": {"path": "unused.jsonl"},
+        "teachers": {"big": {"model": "unused"}, "small": {"model": "unused"}},
+        "pairings": {"delta": {"chosen": "big", "rejected": "small"}},
+        "student": {"model": model, "max_length": 64},
+        "training": {**layout, "runs": {"whole": run, "killed": run, "broken": run}},
+    }
+    return expand(Recipe.model_validate(recipe))
+
+
+def kill_a_worker():
+    """SIGKILL to one process of the worker group that runs now."""
+    for process in psutil.process_iter(["cmdline"]):
+        if "RayTrainWorker" in " ".join(process.info["cmdline"] or []):
+            os.kill(process.pid, signal.SIGKILL)
+            return
+    pytest.fail("there is no worker to kill")
+
+
+class KillAt:
+    """A progress listener that kills a worker once a run has come so far."""
+
+    def __init__(self, run, step):
+        self.run, self.step, self.killed = run, step, 0.0
+
+    def __call__(self, run, step, total, metrics):
+        if run == self.run and self.step <= step < total and not self.killed:
+            kill_a_worker()
+            self.killed = time.time()
+
+
+@pytest.fixture(scope="module")
+def killed(ray_session, tmp_path_factory):
+    """(store, study, what was said) of a run whose worker is killed, beside one that is left alone."""
+    folder = tmp_path_factory.mktemp("resume")
+    study = study_for(folder / "out", save_tiny(folder / "student", vocabulary=2048))
+    store, said, listener = Store(study.recipe.out), [], KillAt("killed", 9)
+    fill_store(store)
+    reference(study, store, "student", ["big", "small"], lambda *_: None)
+    runs = [study.runs[name] for name in ("whole", "killed")]
+    assert train(study, store, runs, listener, said.append) == ["whole", "killed"]
+    assert listener.killed
+    return store, study, said
+
+
+def weights(store, name):
+    return load_file(store.local / Store.student(name) / "model.safetensors")
+
+
+def without_time(lines):
+    return [{key: value for key, value in line.items() if key != "tokens_per_second"} for line in lines]
+
+
+def test_a_killed_worker_changes_no_bit(killed):
+    store, _, said = killed
+    files = [store.local / Store.student(name) / "model.safetensors" for name in ("whole", "killed")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert any(line.startswith("killed: resumed after step ") for line in said)
+    assert without_time(metrics_of(store, "killed")) == without_time(metrics_of(store, "whole"))
+    assert [line["step"] for line in metrics_of(store, "killed")] == list(range(1, STEPS + 1))
+
+
+def test_damaged_checkpoints_are_left_out_and_another_number_of_workers_goes_on(killed):
+    store, study, _ = killed
+    once = study_for(store.out, study.students["student"].model, max_failures=0)
+    with pytest.raises(StageError, match="run the same command to resume"):
+        train(once, store, [once.runs["broken"]], KillAt("broken", 13), lambda _: None)
+    newest, before = _checkpoints(store)
+    _damage(store, newest)
+    alone, said = study_for(store.out, study.students["student"].model, workers=1), []
+    assert train(alone, store, [alone.runs["broken"]], lambda *_: None, said.append) == ["broken"]
+    assert f"broken: checkpoint {newest} is damaged or of other pairs, and is left out" in said
+    assert f"broken: resumed after step {int(before.split('-')[1])}" in said
+    for name, expected in weights(store, "whole").items():
+        torch.testing.assert_close(weights(store, "broken")[name], expected, rtol=0, atol=1e-4)
+    assert _checkpoints(store) == []
+
+
+def _checkpoints(store):
+    folder = store.local / ".deltaray" / "checkpoints" / "broken"
+    return sorted((path.parent.name for path in folder.glob("*/manifest.json")), reverse=True)
+
+
+def _damage(store, name):
+    """One bit of one file, as a bad disk would."""
+    file = max((store.local / ".deltaray" / "checkpoints" / "broken" / name).glob("*.safetensors"))
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
