@@ -41,11 +41,11 @@ def cutter(name, module, rank=0, workers=1, budget=10_000) -> Cutter:
 
 def with_references(module: ResponseLogProbs, data: Examples) -> Examples:
     """The pairs with a model's log-probs as their references."""
-    (share,) = cutter("dpo", module).passes(data, range(len(data)))
-    with torch.no_grad():
-        sides = sides_of(module, data, share, "cpu")
     found = np.zeros((2, len(data)))
-    found[:, share.places] = [side.logp.numpy() for side in sides]
+    for share in cutter("dpo", module).passes(data, range(len(data))):
+        with torch.no_grad():
+            sides = sides_of(module, data, share, next(module.parameters()).device)
+        found[:, share.places] = [side.logp.cpu().numpy() for side in sides]
     return replace(data, references=found)
 
 

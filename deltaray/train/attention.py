@@ -91,9 +91,10 @@ def _grouped(
         count, longest, widest = group.size
         asked = query[group.queries].view(count, longest, heads, -1).transpose(1, 2)
         keys, values = (
-            states[group.keys].view(count, widest, heads // repeats, -1).transpose(1, 2).repeat_interleave(repeats, 1)
-            for states in (key, value)
+            states[group.keys].view(count, widest, heads // repeats, -1).transpose(1, 2) for states in (key, value)
         )
+        if repeats > 1:
+            keys, values = keys.repeat_interleave(repeats, 1), values.repeat_interleave(repeats, 1)
         found = nn.functional.scaled_dot_product_attention(asked, keys, values, attn_mask=group.mask, scale=scaling)
         parts.append(found.transpose(1, 2).flatten(0, 1)[group.used])
     return torch.cat(parts)[layout.order]

@@ -2,6 +2,7 @@
 
 import gc
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ def join_process_group() -> None:
     if not torch.cuda.is_available():
         # A kernel for tensor-parallel inference that would be compiled on first use: a minute, and a compiler.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # DeepSpeed calls what torch deprecates several times a step; formatting that warning costs more than some layers.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     deepspeed.init_distributed(dist_backend=torch.distributed.get_backend())
 
 
