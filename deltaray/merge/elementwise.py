@@ -85,7 +85,7 @@ def _trim(value: Tensor, floor: Tensor) -> Tensor:
 
 
 def elect_and_merge(values: Tensor) -> Tensor:
-    """TIES (Yadav et al., arXiv 2306.01708, section 3) after trimming: [n, …] to […].
+    """TIES (Yadav et al., arXiv 2306.01708) after trimming: [n, …] to […].
 
     The sign of the sum wins; the mean is over those that have it. A sum that is only rounding has no sign.
     """
@@ -95,7 +95,7 @@ def elect_and_merge(values: Tensor) -> Tensor:
 
 
 def _drop(value: Tensor, density: float, die: torch.Generator) -> Tensor:
-    """DARE (Yu et al., arXiv 2311.03099, section 3): drops at random and scales the rest up; the mean stays."""
+    """DARE (Yu et al., arXiv 2311.03099): drops at random and scales the rest up; the mean stays."""
     return torch.where(torch.rand(value.shape, generator=die) < density, value / density, 0)
 
 
@@ -124,7 +124,7 @@ def _leading(matrix: Tensor, rank: int) -> Svd:
 
 
 def knots(joint: Joint, rule: Rule) -> Factors:
-    """KnOTS (Stoica et al., arXiv 2410.19735, section 4): the rule on aligned right factors, under one left basis.
+    """KnOTS (Stoica et al., arXiv 2410.19735): the rule on aligned right factors, under one left basis.
 
     [dW_1 | … | dW_n] = U S [V_1^T | … | V_n^T]; the rule merges the blocks S V_i^T, [rank, k].
 
@@ -139,7 +139,7 @@ def knots(joint: Joint, rule: Rule) -> Factors:
 
 
 def core_space(joint: Joint, rule: Rule) -> Factors:
-    """Core Space (Panariello et al., arXiv 2509.17786, section 4): the rule on n r x n r cores, in the joint frame.
+    """Core Space (Panariello et al., arXiv 2509.17786): the rule on n r x n r cores, in the joint frame.
 
     The bases are the singular vectors of [B_1 | … | B_n] and of the stacked A_i as the adapters hold them, so with
     TIES or DARE the result depends on LoRA's gauge (B G, G^-1 A), unlike all else here.

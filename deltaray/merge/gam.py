@@ -1,4 +1,4 @@
-"""Geometric Alignment Merging (GAM; arXiv 2606.00357, section 3): align the singular bases, then average the factors.
+"""Geometric Alignment Merging (GAM; Sun et al., arXiv 2606.00357): align the singular bases, then average the factors.
 
 The paper defines it for updates dW_i = U_i S_i V_i^T of one full rank r: U_i and V_i are each rotated onto those of a
 reference adapter (orthogonal Procrustes), the rotations are absorbed into S_i, and the three factors are averaged:

@@ -16,7 +16,7 @@ COMMON = 0.8
 
 
 def tsv(joint: Joint, rank: int | None = None) -> Factors:
-    """TSV-Merge (Gargiulo et al., arXiv 2412.00081, section 4): each adapter's leading singular triples, decorrelated.
+    """TSV-Merge (Gargiulo et al., arXiv 2412.00081): each adapter's leading singular triples, decorrelated.
 
     Each of the n adapters gives its leading rank / n triples (`rank` is by default the largest of the adapters');
     their singular vectors, side by side, are replaced by the nearest orthonormal ones.
@@ -27,7 +27,7 @@ def tsv(joint: Joint, rank: int | None = None) -> Factors:
 
 
 def iso_c(joint: Joint, rank: int | None = None) -> Factors:
-    """Iso-C (Marczak et al., arXiv 2502.04959, section 4.1): the sum with all its singular values set to their mean.
+    """Iso-C (Marczak et al., arXiv 2502.04959): the sum with all its singular values set to their mean.
 
     The mean is over the directions that the sum has; the paper's is over min(d, k) of a full fine-tuning.
     """
@@ -36,7 +36,7 @@ def iso_c(joint: Joint, rank: int | None = None) -> Factors:
 
 
 def iso_cts(joint: Joint, rank: int | None = None) -> Factors:
-    """Iso-CTS (arXiv 2502.04959, section 4.2): common directions from the sum, the rest from each adapter alone.
+    """Iso-CTS (same paper): common directions from the sum, the rest from each adapter alone.
 
     Of R directions (`rank`; by default the sum's rank) 0.8 R are the sum's leading ones; each adapter adds its share
     of the rest, from what the common ones leave of it. Then all are made orthonormal, and their values equal.
