@@ -191,6 +191,44 @@ def plan(
 
 
 @app.command()
+def merge(
+    context: typer.Context,
+    adapters: Annotated[list[Path], typer.Argument(metavar="ADAPTER…", help="Folders of PEFT LoRA adapters.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where the merged adapter goes.")],
+    method: Annotated[str, typer.Option(help="How (see the README); gam is Geometric Alignment Merging.")] = "gam",
+    reference: Annotated[
+        str | None, typer.Option(metavar="ADAPTER", help="gam: aligns the others to this one; the first.")
+    ] = None,
+    weights: Annotated[str | None, typer.Option(metavar="W,W,…", help="One number per adapter.")] = None,
+    rank: Annotated[int | None, typer.Option(metavar="R", help="Cuts the merged adapter to this rank.")] = None,
+    scale: Annotated[float | None, typer.Option(metavar="X", help="Multiplies the merged update.")] = None,
+    density: Annotated[float | None, typer.Option(metavar="X", help="TIES, DARE: share of numbers kept.")] = None,
+    seed: Annotated[int | None, typer.Option(metavar="N", help="DARE: of its random masks.")] = None,
+    inner: Annotated[
+        str | None, typer.Option(metavar="RULE", help="knots, core-space: mean, ties or dare in their space.")
+    ] = None,
+    restore_norm: Annotated[bool, typer.Option("--restore-norm", help="gam: at the norm of the plain mean.")] = False,
+    skip_missing: Annotated[
+        bool, typer.Option("--skip-missing", help="Averages leave out adapters that do not change a matrix.")
+    ] = False,
+    dtype: Annotated[str | None, typer.Option(metavar="DTYPE", help="Stored in F32, BF16, F16 or F64.")] = None,
+    base: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="All are adapters of this model, whatever their files name.")
+    ] = None,
+    into_base: Annotated[bool, typer.Option("--into-base", help="DIR becomes the base with the merge added.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Merges PEFT LoRA adapters of one base into one."""
+    from deltaray.merge.asked import Merge
+    from deltaray.merge.command import merge_command, parse_options
+
+    options = parse_options(weights, rank, scale, density, seed, inner, restore_norm, skip_missing)
+    name, stored = method.lower().replace("_", "-"), dtype.upper() if dtype else None
+    asked = Merge(adapters, name, options, reference, base, stored, into_base)
+    merge_command(context.obj, asked, out, as_json)
+
+
+@app.command()
 def status(context: typer.Context, out: Out, as_json: AsJson = False) -> None:
     """How far a study is, with throughput and time left."""
     from deltaray.status import study_status

@@ -1,0 +1,136 @@
+"""`--into-base`: a merged adapter added to its base's weights, tensor by tensor, as a model folder."""
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from deltaray.errors import UserError
+from deltaray.merge.adapter import WEIGHTS, Adapter
+from deltaray.merge.write import TensorFile
+
+INDEX = "model.safetensors.index.json"
+BESIDE = (".json", ".jinja", ".model", ".txt")
+"""Endings of what a model folder holds beside its weights: configuration, tokenizer, templates."""
+
+
+@dataclass(frozen=True)
+class Base:
+    """A model folder: its safetensors files, and in which of them each tensor is."""
+
+    folder: Path
+    config: Mapping[str, Any]
+    places: Mapping[str, str]
+
+    @property
+    def files(self) -> list[str]:
+        return sorted(set(self.places.values()))
+
+
+def open_base(name: str | None, revision: str | None = None) -> Base:
+    """A base by its folder or hub id.
+
+    Raises:
+        UserError: it cannot be found, is quantised, or is not in safetensors.
+    """
+    if not name:
+        raise UserError("--into-base: the adapters name no base; give it with --base MODEL")
+    folder = _folder(name, revision)
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}: holds no readable config.json of a model: {error}") from None
+    if config.get("quantization_config"):
+        raise UserError(f"{folder / 'config.json'}: quantization_config: give the unquantised model with --base MODEL")
+    return Base(folder, config, _places(folder))
+
+
+def _folder(name: str, revision: str | None) -> Path:
+    found = Path(name).expanduser()
+    if found.is_dir():
+        return found
+    from huggingface_hub import snapshot_download
+
+    try:
+        wanted = ["*.safetensors", *(f"*{ending}" for ending in BESIDE)]
+        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
+    except Exception as error:  # the hub's own errors, those of the network below it, and bad names
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"the base {name} is no folder, and no hub has it: {reason}; give --base FOLDER") from None
+
+
+def _places(folder: Path) -> dict[str, str]:
+    index = folder / INDEX
+    if index.is_file():
+        return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+    if not (folder / "model.safetensors").is_file():
+        raise UserError(f"{folder}: holds no model.safetensors; save the base as safetensors")
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
+        return dict.fromkeys(file.keys(), "model.safetensors")
+
+
+def refuse_unfit(base: Base, adapter: Adapter) -> dict[str, str]:
+    """The module that changes each of the base's tensors, by the tensor's key.
+
+    Raises:
+        UserError: the base has no such weight, or one that is two weights at once.
+    """
+    found = {}
+    head = "lm_head.weight" in base.places and not base.config.get("tie_word_embeddings")
+    for module, keys in adapter.modules.items():
+        key = f"{module}.weight"
+        if key not in base.places:
+            raise UserError(
+                f"{base.folder}: has no {key}, which the adapters change; give their base with --base MODEL"
+            )
+        if not head and (keys.embedding or module == "lm_head"):
+            raise UserError(
+                f"{base.folder}: ties {key} to the output layer, an adapter changes one of them only; "
+                "use the merged adapter without --into-base"
+            )
+        found[key] = module
+    return found
+
+
+def add_to_base(base: Base, adapter: Adapter, folder: Path, progress: Callable[[int, int], None]) -> None:
+    """Writes the base with the adapter's updates added into `folder`.
+
+    Raises:
+        UserError: the adapter is not of this base.
+    """
+    changed = refuse_unfit(base, adapter)
+    flipped = bool(adapter.config.get("fan_in_fan_out"))
+    done = 0
+    for name in base.files:
+        keys = [key for key, place in base.places.items() if place == name]
+        with safe_open(base.folder / name, framework="pt") as source, TensorFile(folder / name, keys) as target:
+            for key in keys:
+                weight = source.get_tensor(key)
+                if key in changed:
+                    weight = _added(weight, adapter, changed[key], flipped, base.folder)
+                target.add(key, weight)
+                done += 1
+                progress(done, len(base.places))
+    for path in base.folder.iterdir():
+        if path.is_file() and path.suffix in BESIDE:
+            shutil.copy2(path, folder / path.name)
+
+
+def _added(weight: torch.Tensor, adapter: Adapter, module: str, flipped: bool, folder: Path) -> torch.Tensor:
+    """The weight plus the update, summed in float32 or more, in the weight's dtype."""
+    update = adapter.factors(module)
+    assert update is not None
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    change = update.left.to(wide) @ update.right.to(wide)
+    change = change.T if adapter.modules[module].embedding or flipped else change
+    if change.shape != weight.shape:
+        raise UserError(
+            f"{adapter.folder / WEIGHTS}: {module}: updates a matrix of {tuple(change.shape)}, but that of {folder} is "
+            f"{tuple(weight.shape)}; give the adapters' base with --base MODEL"
+        )
+    return (weight.to(wide) + change).to(weight.dtype)

@@ -1,0 +1,63 @@
+"""`deltaray merge`: the command line's values into options, the merge into a table or JSON."""
+
+import math
+from pathlib import Path
+from typing import get_args
+
+from deltaray.errors import UserError
+from deltaray.merge.asked import Merge
+from deltaray.merge.elementwise import Inner
+from deltaray.merge.methods import Options
+from deltaray.merge.run import merge_adapters
+from deltaray.merge.table import diagnosis_table
+from deltaray.runtime.terminal import Terminal
+
+
+def parse_options(
+    weights: str | None,
+    rank: int | None,
+    scale: float | None,
+    density: float | None,
+    seed: int | None,
+    inner: str | None,
+    restore_norm: bool,
+    skip_missing: bool,
+) -> Options:
+    """The options of a command line.
+
+    Raises:
+        UserError: weights are no numbers, or there is no such inner rule.
+    """
+    rule: Inner | None = None
+    if inner is not None:
+        rule = next((name for name in get_args(Inner) if name == inner), None)
+        if rule is None:
+            raise UserError(f"--inner {inner}: is none of {', '.join(get_args(Inner))}")
+    numbers = None if weights is None else _numbers(weights)
+    return Options(numbers, rank, scale, density, seed, rule, restore_norm, skip_missing)
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    try:
+        numbers = tuple(float(number) for number in text.split(","))
+    except ValueError:
+        raise UserError(f"--weights {text}: are numbers with commas between them, such as 1,1,0.5") from None
+    if not all(map(math.isfinite, numbers)):
+        raise UserError(f"--weights {text}: must be finite")
+    return numbers
+
+
+def merge_command(terminal: Terminal, merge: Merge, out: Path, as_json: bool) -> None:
+    """Merges, shows the diagnosis on stdout and what else the user should know on stderr."""
+    first = Path(merge.adapters[0])
+    if first.suffix in (".yaml", ".yml"):
+        raise UserError(f"{first}: merging from a recipe is not possible yet; give the adapters' folders")
+    with terminal.progress("merge", "matrices") as view:
+        report = merge_adapters(merge, out, lambda done, total: view.update(merge.method, done, total))
+    if as_json:
+        terminal.result_json(report.record())
+    else:
+        terminal.out.print(diagnosis_table(report))
+        terminal.result(f"{'model' if merge.into_base else 'adapter'}: {out}")
+    for warning in report.warnings:
+        terminal.say(f"warning: {warning}")
