@@ -139,6 +139,17 @@ def generate(
     _pipeline(context, recipe, overrides, retry_failed).run(["generate"])
 
 
+@app.command()
+def score(context: typer.Context, recipe: RecipePath, overrides: Overrides = []) -> None:  # noqa: B006
+    """Scores of all responses, and how far the scorers agree."""
+    from deltaray.score.compare import agreement_tables, read_agreement
+
+    pipeline = _pipeline(context, recipe, overrides)
+    pipeline.run(["score"])
+    for table in agreement_tables(read_agreement(pipeline.store)):
+        context.obj.out.print(table)
+
+
 _stage_command("pair", "Pair shards and the funnel.")
 _stage_command("train", "Reference log-probs and the students.")
 _stage_command("evaluate", "Benchmarks of the students and the teachers.")
