@@ -22,7 +22,7 @@ from deltaray.store import Store
 AT_ONCE = 2048
 SHINGLE = 5
 """Words of the n-grams whose overlap makes two prompts near duplicates."""
-PERMUTATIONS = 128
+PERMUTATIONS, SEED = 128, 42
 MOST_TELLING = 0.5
 """An n-gram counts if more than this share of its words are longer than one character: formulas are alike anyway."""
 _WORD = re.compile(r"\w+")
@@ -100,14 +100,16 @@ class _Near:
             import rensa
         except ImportError as error:
             raise UserError(f"duplicate_prompt with `near` needs `pip install deltaray[filters]`: {error}") from None
-        self._minhash = partial(rensa.RMinHash, num_perm=PERMUTATIONS, seed=0)
-        self._seen = rensa.RMinHashDeduplicator(threshold, PERMUTATIONS, True)
+        self._minhash = partial(rensa.RMinHash, num_perm=PERMUTATIONS, seed=SEED)
+        self._seen = rensa.RMinHashDeduplicator(threshold, PERMUTATIONS, True, seed=SEED)
         self._count = 0
 
     def has(self, text: str) -> bool:
         words = _WORD.findall(text.casefold())
+        if not words:  # nothing to compare
+            return False
         minhash = self._minhash()
-        minhash.update(list(_ngrams(words, min(SHINGLE, max(len(words), 1)))))
+        minhash.update(list(_ngrams(words, min(SHINGLE, len(words)))))
         self._count += 1
         return not self._seen.add(str(self._count), minhash)
 
