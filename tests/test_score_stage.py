@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from answered import ask, respond
 from completions_server import completion, prompt_of, serving
@@ -13,6 +14,7 @@ from deltaray.recipe import Recipe, Study, expand
 from deltaray.recipe.scorers import RewardModel
 from deltaray.runtime.session import Capacity
 from deltaray.score.compare import AGREEMENT, agreement_tables, compare_scores, is_compared, read_agreement
+from deltaray.score.judging import _judged_slices
 from deltaray.score.rewards import RewardWorker
 from deltaray.score.stage import all_scores, missing_scores, score
 from deltaray.store import Store
@@ -177,3 +179,21 @@ def test_the_company_in_a_batch_does_not_change_a_reward(scored: Any) -> None:
     stored = scores_of(store, "reward", "weaker")["p001"]
     one = [{"role": "user", "content": "1+1="}, {"role": "assistant", "content": "1"}]
     assert stored["score"] == pytest.approx(RewardWorker(store, spec, "scorers.reward").rewards([one])[0], abs=1e-5)
+
+
+def test_answers_about_other_words_do_not_count(scored: Any) -> None:
+    store, study, *_ = scored
+    unit = {
+        "scorer": "judge",
+        "spec": study.scorers["judge"].model_dump(mode="json"),
+        "teacher": "weak",
+        "responses": store.committed(Store.responses("weak"))[0],
+        "destination": "unused.parquet",
+    }
+    before = [score.value for part in _judged_slices(store, unit) for _, score in part]
+    changed = f"{Store.responses('changed')}/{unit['responses'].rpartition('/')[2]}"
+    table = store.read_table(unit["responses"], schema=RESPONSES)
+    texts = pa.array(["other" if n == 0 else text for n, text in enumerate(table["text"].to_pylist())])
+    store.write_table(changed, table.set_column(RESPONSES.get_field_index("text"), "text", texts), RESPONSES)
+    after = [score.value for part in _judged_slices(store, {**unit, "responses": changed}) for _, score in part]
+    assert before[0] is not None and after[0] is None and after[1:] == before[1:]

@@ -57,8 +57,10 @@ def read_agreement(store: Store) -> dict[str, Any]:
 
 
 def _inputs(study: Study, store: Store) -> str:
-    files = [path for scorer, teacher in all_scores(study) for path in store.committed(Store.scores(scorer, teacher))]
-    text = "\n".join([*files, *study.scorers, str(_paired_sides(study))])
+    files = store.listing("scores")  # a teacher that has changed may have files of the same names
+    of_sides = {Store.scores(scorer, teacher) for scorer, teacher in all_scores(study)}
+    found = [f"{path} {it.size} {it.mtime_ns}" for path, it in files.items() if path.rpartition("/")[0] in of_sides]
+    text = "\n".join([*found, *study.scorers, str(_paired_sides(study))])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

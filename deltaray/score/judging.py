@@ -4,6 +4,7 @@ What a crash costs, how answers are spread over the cluster and how endpoints ar
 are written slice by slice and deleted once their responses are scored; the answers stay.
 """
 
+import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -21,11 +22,13 @@ from deltaray.recipe.scorers import Judge
 from deltaray.recipe.study import Study
 from deltaray.runtime.session import Capacity
 from deltaray.runtime.stream import map_units
-from deltaray.score.files import Key, Unit, read_slices, shard_of, write_scores
+from deltaray.score.files import Asked, Key, Unit, read_slices, shard_of, write_scores
 from deltaray.score.judge import questions_of, score_of
 from deltaray.score.registry import section_of
 from deltaray.score.response import Score
 from deltaray.store import Store
+
+Conversation = list[dict[str, str]]
 
 
 def judge_files(
@@ -68,28 +71,28 @@ def write_questions(store: Store, unit_size: int, unit: Unit) -> dict[str, Any]:
     spec: Judge = section_of(unit["spec"])
     others = _other_texts(store, spec, unit)
     for number, part in enumerate(read_slices(store, unit, messages=True)):
-        path = _questions_path(unit, number)
-        if not store.exists(path):
-            rows = [
-                _row(key, place, conversation)
-                for key, response, _ in part
-                if response is not None and (spec.against is None or key in others)
-                for place, (_, conversation) in enumerate(
-                    questions_of(spec, response.messages, response.text, others.get(key))
-                )
-            ]
-            store.write_table(path, prompt_table(rows), PROMPTS, row_group_size=unit_size)
+        rows = [
+            PromptRow(prompt_id=name, messages=conversation, answer=None, source=None, error=None)
+            for name, (_, _, conversation) in _asked(spec, part, others).items()
+        ]
+        store.write_table(_questions_path(unit, number), prompt_table(rows), PROMPTS, row_group_size=unit_size)
     return {}
+
+
+def _asked(spec: Judge, part: list[Asked], others: dict[Key, str]) -> dict[str, tuple[Key, str, Conversation]]:
+    """Every question by a name that holds its words, too: what was answered about other words does not count."""
+    found = {}
+    for key, response, _ in part:
+        if response is not None and (spec.against is None or key in others):
+            for name, conversation in questions_of(spec, response.messages, response.text, others.get(key)):
+                words = hashlib.blake2b(conversation[-1]["content"].encode(), digest_size=8).hexdigest()
+                found[f"{key[0]}#{key[1]}#{name}#{words}"] = (key, name, conversation)
+    return found
 
 
 def _questions_path(unit: Unit, number: int) -> str:
     folder = Store.questions(unit["scorer"], unit["teacher"])
     return f"{folder}/{shard_name(unit['responses'])}-{number:05d}.parquet"
-
-
-def _row(key: Key, place: int, conversation: list[dict[str, str]]) -> PromptRow:
-    name = f"{key[0]}#{key[1]}#{place}"
-    return PromptRow(prompt_id=name, messages=conversation, answer=None, source=None, error=None)
 
 
 def _other_texts(store: Store, spec: Judge, unit: Unit) -> dict[Key, str]:
@@ -114,9 +117,10 @@ def score_judged(store: Store, unit: Unit) -> dict[str, Any]:
 
 def _judged_slices(store: Store, unit: Unit) -> Iterator[list[tuple[Key, Score]]]:
     spec: Judge = section_of(unit["spec"])
-    own = unit["teacher"] == spec.against
-    for number, part in enumerate(read_slices(store, unit)):
-        answers = _answers(store, spec, unit, shard_name(_questions_path(unit, number)))
+    own, others = unit["teacher"] == spec.against, _other_texts(store, spec, unit)
+    for number, part in enumerate(read_slices(store, unit, messages=True)):
+        asked = _asked(spec, part, others)
+        answers = _answers(store, unit, shard_name(_questions_path(unit, number)), asked)
         yield [
             (key, Score(None, note) if response is None else _score(spec, answers.get(key), own))
             for key, response, note in part
@@ -129,12 +133,14 @@ def _score(spec: Judge, answers: dict[str, list[tuple[str, str | None]]] | None,
     return Score(None, "nothing to compare with") if answers is None else score_of(spec, answers)
 
 
-def _answers(store: Store, spec: Judge, unit: Unit, shard: str) -> dict[Key, dict[str, list[tuple[str, str | None]]]]:
+def _answers(
+    store: Store, unit: Unit, shard: str, asked: dict[str, tuple[Key, str, Conversation]]
+) -> dict[Key, dict[str, list[tuple[str, str | None]]]]:
     """The judge's (text, error) by response and question."""
-    names = [name for name, _ in questions_of(spec, [], "")]
     folder, columns = Store.judgements(unit["scorer"], unit["teacher"]), ["prompt_id", "text", "error"]
     found: dict[Key, dict[str, list[tuple[str, str | None]]]] = defaultdict(lambda: defaultdict(list))
     for row in store.read_tables(folder, RESPONSES, columns, prefix=f"{shard}-").to_pylist():
-        prompt_id, sample, place = row["prompt_id"].rsplit("#", 2)
-        found[prompt_id, int(sample)][names[int(place)]].append((row["text"], row["error"]))
+        if row["prompt_id"] in asked:
+            key, name, _ = asked[row["prompt_id"]]
+            found[key][name].append((row["text"], row["error"]))
     return dict(found)
