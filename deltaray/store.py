@@ -53,6 +53,11 @@ class Store(Files):
         return f"pairs/pairing={pairing}"
 
     @staticmethod
+    def tokens(student: str, teacher: str) -> str:
+        """A teacher's responses in a student's tokens."""
+        return f".deltaray/tokens/student={student}/teacher={teacher}"
+
+    @staticmethod
     def removed(pairing: str) -> str:
         """Which candidates of a pairing were removed, and by which rule."""
         return f".deltaray/removed/pairing={pairing}"

@@ -49,6 +49,9 @@ def responses(teacher: str, texts: dict[str, str], score: float | None = None, s
 def join(asked: pa.Table, chosen: pa.Table, rejected: pa.Table) -> list[list[dict[str, Any]]]:
     offers = pa.concat_tables([chosen, rejected])
     texts = pa.table({"row": pa.array(range(len(offers)), pa.int64()), "text": offers["text"]})
+    ids = pa.array([[1]] * len(offers), pa.list_(pa.int32()))
+    for name, column in {"prompt_token_ids": ids, "token_ids": ids, "refused": pa.array([False] * len(offers))}.items():
+        texts = texts.append_column(name, column)
     picks = pick_by_sample(asked, offers, *(table["teacher"][0].as_py() for table in (chosen, rejected)))
     return list(candidates(asked, offers.drop_columns(["text"]), picks, texts))
 

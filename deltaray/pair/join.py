@@ -68,11 +68,11 @@ def candidates(
 
     Args:
         prompts: rows of `contracts.PROMPTS`.
-        texts: `row` (of the offers) and `text` of every picked response.
+        texts: `row` (of the offers), `text` and `tokens.TOKENS` of every picked response.
         references: the scorers whose `score:<reference>` columns go to `scores`.
     Returns:
-        rows of `contracts.PAIRS` without what needs the student's tokenizer, and with `finish` and `error` of both
-        sides and `scores`, which only the rules look at.
+        rows of `contracts.PAIRS`, and with `finish` and `error` of both sides, `scores`, `prompt_tokens` and `refused`,
+        which only the rules look at.
     """
     for start in range(0, len(picks), at_once):
         part = picks.slice(start, at_once)
@@ -84,14 +84,22 @@ def candidates(
 
 def _side(offers: pa.Table, texts: pa.Table, rows: pa.ChunkedArray) -> list[dict[str, Any]]:
     places = pc.index_in(rows, value_set=texts["row"].combine_chunks())
-    return list(offers.take(rows).append_column("text", texts["text"].take(places)).to_pylist())
+    side, found = offers.take(rows), texts.take(places).drop_columns(["row"])
+    for name in found.column_names:
+        side = side.append_column(name, found[name])
+    return list(side.to_pylist())
 
 
 def _candidate(
     prompt: dict[str, Any], chosen: dict[str, Any], rejected: dict[str, Any], references: Sequence[str]
 ) -> dict[str, Any]:
     scores = chosen["score"], rejected["score"]
+    ids = {f"{name}_token_ids": side["token_ids"] for name, side in (("chosen", chosen), ("rejected", rejected))}
+    ids["prompt_token_ids"] = chosen["prompt_token_ids"]
     return {
+        **ids,
+        **{name.replace("_token_ids", "_tokens"): len(values) for name, values in ids.items()},
+        "refused": chosen["refused"] or rejected["refused"],
         "prompt_id": prompt["prompt_id"],
         "prompt": prompt["messages"],
         "chosen": _turn(chosen["text"]),

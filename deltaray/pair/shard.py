@@ -1,25 +1,21 @@
 """One shard of prompts: which responses are paired, which pairs pass, what is written. Runs on any node."""
 
-import json
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from jinja2 import TemplateError
 
-from deltaray.chat import conversation_ids, load_tokenizer
 from deltaray.contracts import PAIRS, PROMPTS, RESPONSES, SCORES
 from deltaray.pair.draw import Survey, draw_rules
 from deltaray.pair.filters import Candidate
 from deltaray.pair.funnel import Funnel, Stage, merge_funnels, stage
 from deltaray.pair.join import OFFERS, candidates, pick_by_sample, pick_from_pool
 from deltaray.pair.policies import policy_of
-from deltaray.pair.rules import Named, text_rules, token_rules
+from deltaray.pair.rules import Named, rules
+from deltaray.pair.tokens import TOKENS
 from deltaray.prompts.shards import shard_name
 from deltaray.recipe.deltas import Pairing
-from deltaray.recipe.models import Student
 from deltaray.store import Store, keys_of
 
 AT_ONCE = 2048
@@ -27,28 +23,24 @@ AT_ONCE = 2048
 
 Unit = dict[str, Any]
 """A shard to pair: pairing (its name), spec (its section), prompts (the shard's file), samples (by teacher, how many
-take part), student (its section), dropped (by filter, ids of prompts), chosen (what `draw.choose` decided), write."""
+take part), tokens (by teacher, files), max_length (the student's), dropped (by filter, ids of prompts), chosen (what
+`draw.choose` decided), write."""
 
 
 def pair_shard(store: Store, unit: Unit) -> dict[str, Any]:
     """Joins and filters one shard of prompts; writes its pairs unless only a survey of them is asked for."""
-    pairing, student = Pairing(**unit["spec"]), Student(**unit["student"])
+    pairing = Pairing(**unit["spec"])
     prompts = store.read_table(unit["prompts"], PROMPTS.names)
     shard = shard_name(unit["prompts"])
     offers = _offers(store, pairing, unit["samples"], shard)
     picks = _picks(pairing, prompts, offers)
-    texts = _texts(store, pairing, offers, picks, shard)
+    texts = _texts(store, unit["tokens"], offers, picks, shard)
     dropped = {int(place): set(ids) for place, ids in unit["dropped"].items()}
-    plain = text_rules(pairing, dropped)
-    counted = token_rules(pairing, student.max_length) + draw_rules(unit["chosen"])
+    filters = rules(pairing, unit["max_length"], dropped) + draw_rules(unit["chosen"])
     result = _Result(unit, pairing, store)
     for part in candidates(prompts, offers, picks, texts, pairing.scorers, AT_ONCE):
-        kept, first = apply_rules(part, plain, result.removed)
-        _tokenize(kept, student)
-        kept, later = apply_rules(kept, counted, result.removed)
-        result.add(kept, [*first, *later])
-    empty = [*apply_rules([], plain)[1], *apply_rules([], counted)[1]]
-    return result.finish(shard, _beginning(pairing, unit["samples"], prompts, picks), empty)
+        result.add(*apply_rules(part, filters, result.removed))
+    return result.finish(shard, _beginning(pairing, unit["samples"], prompts, picks), apply_rules([], filters)[1])
 
 
 # --- what is joined ---------------------------------------------------------------------------------------------
@@ -88,15 +80,22 @@ def _picks(pairing: Pairing, prompts: pa.Table, offers: pa.Table) -> pa.Table:
     return pick_from_pool(prompts, offers, policy_of(pairing), pairing.drop_truncated)
 
 
-def _texts(store: Store, pairing: Pairing, offers: pa.Table, picks: pa.Table, shard: str) -> pa.Table:
-    """`row` and `text` of the picked responses; one teacher's column of texts is in memory at a time."""
+def _texts(store: Store, tokens: dict[str, list[str]], offers: pa.Table, picks: pa.Table, shard: str) -> pa.Table:
+    """`row`, `text` and `TOKENS` of the picked responses; one teacher's column is in memory at a time."""
     rows = pc.unique(pa.chunked_array([*picks["chosen"].chunks, *picks["rejected"].chunks], pa.int64()))
     wanted = offers.select(["teacher", "at"]).take(rows).append_column("row", rows)
-    tables = [pa.table({"row": pa.array([], pa.int64()), "text": pa.array([], pa.string())})]
-    for teacher in pairing.names:
+    tables = [pa.schema([("row", pa.int64()), ("text", pa.string()), *TOKENS]).empty_table()]
+    for teacher, files in tokens.items():
         mine = wanted.filter(pc.field("teacher") == teacher)
-        texts = store.read_tables(Store.responses(teacher), RESPONSES, ["text"], prefix=f"{shard}-")["text"]
-        tables.append(pa.table({"row": mine["row"], "text": texts.take(mine["at"])}))
+        columns = {"row": mine["row"]}
+        texts = store.read_tables(Store.responses(teacher), RESPONSES, ["text"], prefix=f"{shard}-")
+        columns["text"] = texts["text"].take(mine["at"])
+        for name in TOKENS.names:
+            column = pa.concat_tables(
+                [TOKENS.empty_table().select([name]), *(store.read_table(it, [name]) for it in files)]
+            )
+            columns[name] = column[name].take(mine["at"])
+        tables.append(pa.table(columns))
     return pa.concat_tables(tables)
 
 
@@ -141,25 +140,6 @@ REMOVED = pa.schema(
 
 def _key(pair: Candidate) -> dict[str, Any]:
     return {name: pair[name] for name in REMOVED.names[:-1]}
-
-
-@lru_cache(maxsize=8)
-def _tokenizer(student: str) -> Any:
-    return load_tokenizer(Student(**json.loads(student)), "student")
-
-
-def _tokenize(pairs: list[Candidate], student: Student) -> None:
-    """Adds the ids and lengths in the student's tokens, end token included, and whether its template refuses them."""
-    tokenizer = _tokenizer(student.model_dump_json())
-    for pair in pairs:
-        texts = [pair[side][0]["content"] for side in ("chosen", "rejected")]
-        try:
-            prompt, (chosen, rejected) = conversation_ids(tokenizer, pair["prompt"], texts)
-            pair["refused"] = False
-        except TemplateError:
-            prompt, chosen, rejected, pair["refused"] = [], [], [], True
-        pair |= {"prompt_token_ids": prompt, "chosen_token_ids": chosen, "rejected_token_ids": rejected}
-        pair |= {f"{part}_tokens": len(pair[f"{part}_token_ids"]) for part in ("prompt", "chosen", "rejected")}
 
 
 # --- what is written --------------------------------------------------------------------------------------------

@@ -10,6 +10,8 @@ from deltaray.pair.draw import Survey, choose
 from deltaray.pair.funnel import Funnel, funnel_text, merge_funnels
 from deltaray.pair.prompts import dropped_prompts, filter_digest
 from deltaray.pair.shard import Unit, pair_shard
+from deltaray.pair.tokens import files_by_shard, missing_tokens, tokenize_file
+from deltaray.prompts.shards import shard_name
 from deltaray.recipe.filters import Contaminated, DuplicatePrompt
 from deltaray.recipe.scorers import scorer_name
 from deltaray.recipe.study import Study
@@ -50,6 +52,8 @@ def pair(study: Study, store: Store, on_pairing: Callable[[str, int], None] = la
         UserError: rules left no pair of a pairing; what is there shows where they went.
     """
     todo = [name for name in study.pairings if not is_paired(study, store, name)]
+    for _ in map_units(missing_tokens(study, store, todo), partial(tokenize_file, store)):
+        pass
     dropped = {name: _dropped(study, store, name) for name in todo}
     chosen = _choose(study, store, [name for name in todo if study.pairings[name].is_drawn], dropped)
     units = [it for name in todo for it in _units(study, store, name, dropped[name], chosen.get(name, {}), write=True)]
@@ -88,14 +92,16 @@ def _dropped(study: Study, store: Store, name: str) -> Dropped:
 
 
 def _units(study: Study, store: Store, name: str, dropped: Dropped, chosen: dict[str, Any], write: bool) -> list[Unit]:
-    student = study.students[study.student_of(name)]
+    student, samples = study.student_of(name), _samples(study, name)
+    tokens = files_by_shard(store, student, list(samples))
     return [
         {
             "pairing": name,
             "prompts": path,
             "spec": study.pairings[name].model_dump(mode="json"),
-            "samples": _samples(study, name),
-            "student": student.model_dump(mode="json"),
+            "samples": samples,
+            "tokens": {teacher: by_shard.get(shard_name(path), []) for teacher, by_shard in tokens.items()},
+            "max_length": study.students[student].max_length,
             "dropped": {place: by_shard.get(path, []) for place, by_shard in dropped.items()},
             "chosen": chosen,
             "write": write,
