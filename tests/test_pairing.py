@@ -1,6 +1,7 @@
 """Policies, draws and filters: planted rows, recounted."""
 
 import re
+import sys
 from collections import Counter
 from typing import Any
 
@@ -278,6 +279,28 @@ def test_impossible_pairings_are_refused(pairing: dict[str, Any], message: str) 
 
 
 def test_a_library_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "rensa", None)
+    monkeypatch.setitem(sys.modules, "rensa", None)
     with pytest.raises(UserError, match=r"deltaray\[filters\]"):
         _Seen(0.8)
+
+
+def test_what_is_missing_is_told_before_anything_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    from deltaray.recipe import Recipe, expand
+    from deltaray.runtime.preflight import check_deltas
+
+    def study(*filters: dict[str, Any], **scorers: dict[str, Any]) -> Any:
+        two = {"chosen": "a", "rejected": "b", "filters": list(filters)}
+        sections = {"scorers": scorers, "pairings": {"delta": two}, "student": {"model": "m"}}
+        teachers = {name: {"model": "m"} for name in "ab"}
+        return expand(
+            Recipe.model_validate({"name": "x", "out": "x", "prompts": {"path": "p"}, "teachers": teachers, **sections})
+        )
+
+    with pytest.raises(UserError, match=r"pairings.delta.filters.1.paths: there is no file gone.jsonl"):
+        check_deltas(study({"kind": "cjk"}, {"kind": "contaminated", "paths": ["gone.jsonl"]}))
+    for package in ("py3langid", "lm_eval.tasks.ifeval.utils"):
+        monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UserError, match=r"deltaray\[filters\]"):
+        check_deltas(study({"kind": "language"}))
+    with pytest.raises(UserError, match=r"deltaray\[ifeval\]"):
+        check_deltas(study(follows={"kind": "ifeval"}))

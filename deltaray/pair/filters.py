@@ -37,11 +37,15 @@ def claims_other_identity(text: str) -> bool:
 
 def language_of(text: str) -> str:
     """ISO 639-1 code of the language that a text is most likely in."""
+    return str(_identifier().classify(text)[0])
+
+
+def _identifier() -> Any:
     try:
         import py3langid
     except ImportError as error:
         raise UserError(f"a filter of kind language needs `pip install deltaray[filters]`: {error}") from None
-    return str(py3langid.classify(text)[0])
+    return py3langid
 
 
 def text_filter(item: Any, dropped: Collection[str] = ()) -> Rule | None:
@@ -75,6 +79,7 @@ def _fault(item: Any) -> Callable[[str], bool] | None:
     if isinstance(item, recipe.Cjk):
         return lambda text: cjk_share(text) >= item.share
     if isinstance(item, recipe.Language):
+        _identifier()
         return lambda text: language_of(text) not in item.languages
     if isinstance(item, recipe.Identity):
         return claims_other_identity

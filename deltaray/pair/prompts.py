@@ -19,6 +19,7 @@ from deltaray.recipe.filters import Contaminated, DuplicatePrompt
 from deltaray.runtime.stream import map_units
 from deltaray.store import Store
 
+FOLDER, BENCHMARKS = ".deltaray/prompt-filters", "filters.paths"
 AT_ONCE = 2048
 SHINGLE = 5
 """Words of the n-grams whose overlap makes two prompts near duplicates."""
@@ -32,7 +33,7 @@ PromptFilter = DuplicatePrompt | Contaminated
 
 def dropped_prompts(store: Store, item: PromptFilter) -> dict[str, list[str]]:
     """By shard the ids of the prompts that a filter removes; computed once for the same prompts and benchmarks."""
-    record = f".deltaray/prompt-filters/{item.kind}-{filter_digest(store, item)}.json"
+    record = f"{FOLDER}/{item.kind}-{filter_digest(store, item)}.json"
     if store.exists(record):
         return dict(store.read_json(record))
     found = _duplicates(store, item.near) if isinstance(item, DuplicatePrompt) else _contaminated(store, item)
@@ -51,11 +52,11 @@ def filter_digest(store: Store, item: PromptFilter) -> str:
 
 def _sha256(path: str) -> str:
     digest = hashlib.sha256()
-    for file in files_of(path, "filters.paths"):
+    for file in files_of(path, BENCHMARKS):
         try:
             digest.update(file.read_bytes())
         except OSError as error:
-            raise UserError(f"filters.paths: {file}: cannot be read: {error.strerror}") from None
+            raise UserError(f"{BENCHMARKS}: {file}: cannot be read: {error.strerror}") from None
     return digest.hexdigest()
 
 
@@ -120,19 +121,26 @@ def _ngrams(words: Sequence[str], size: int) -> Iterator[str]:
 
 # --- contamination ------------------------------------------------------------------------------------------------
 def _contaminated(store: Store, item: Contaminated) -> dict[str, list[str]]:
-    spec = item.model_dump(mode="json", exclude={"sources"})
-    benchmark_index(item.model_dump_json())  # a file that cannot be read is told here, before anything is started
-    units = [{"shard": path, "filter": spec} for path in store.committed(Store.prompts)]
-    results = map_units(units, partial(contaminated_shard, store))
-    return {result["shard"]: result["dropped"] for result in results}
+    """The questions go through the store: the nodes of a cluster need not see the benchmark files."""
+    rows = (row for path in item.paths for row in read_prompts(path, BENCHMARKS, None, True))
+    questions = ["\n".join(turn["content"] for turn in row["messages"]) for row in rows]
+    path = f"{FOLDER}/questions-{filter_digest(store, item)}.json"
+    store.write_json(path, questions)
+    common = {"questions": path, "ngram": item.ngram, "share": item.share}
+    units = [{"shard": shard, **common} for shard in store.committed(Store.prompts)]
+    return {it["shard"]: it["dropped"] for it in map_units(units, partial(contaminated_shard, store))}
 
 
 def contaminated_shard(store: Store, unit: dict[str, Any]) -> dict[str, Any]:
     """The ids of a shard's prompts that give a benchmark away."""
-    item = Contaminated.model_validate(unit["filter"])
-    index = benchmark_index(item.model_dump_json())
-    dropped = [key for key, text in _texts(store, unit["shard"]) if is_contaminated(text, index, item.share)]
-    return {"shard": unit["shard"], "dropped": dropped}
+    index = _stored_index(store.out, unit["questions"], unit["ngram"])
+    found = [key for key, text in _texts(store, unit["shard"]) if is_contaminated(text, index, unit["share"])]
+    return {"shard": unit["shard"], "dropped": found}
+
+
+@lru_cache(maxsize=2)
+def _stored_index(out: str, path: str, size: int) -> "Index":
+    return index_of(Store(out).read_json(path), size)
 
 
 @dataclass(frozen=True)
@@ -144,14 +152,6 @@ class Index:
     totals: list[int]
     """n-grams of each question."""
     size: int
-
-
-@lru_cache(maxsize=4)
-def benchmark_index(spec: str) -> Index:
-    """The index of all questions of a filter's benchmark files."""
-    item = Contaminated.model_validate_json(spec)
-    rows = (row for path in item.paths for row in read_prompts(path, "filters.paths", None, True))
-    return index_of(("\n".join(turn["content"] for turn in row["messages"]) for row in rows), item.ngram)
 
 
 def index_of(questions: Iterable[str], size: int) -> Index:

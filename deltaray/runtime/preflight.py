@@ -8,6 +8,7 @@ from deltaray.errors import UserError
 from deltaray.generate.identity import generation_identity, model_identity
 from deltaray.prompts import PromptSource, check_source, is_hub_dataset, refuse_changed_prompts
 from deltaray.prompts.preferences import check_preferences
+from deltaray.prompts.read import read_prompts
 from deltaray.recipe.models import Model, Teacher
 from deltaray.recipe.recipe import Task
 from deltaray.recipe.scorers import Judge, RewardModel, Scorer
@@ -26,8 +27,24 @@ def check_inputs(study: Study, store: Store) -> None:
     """
     _check_prompts(study, store)
     check_tasks(study, store)
+    check_deltas(study)
     for key, model in models_of(study):
         check_model(model, key)
+
+
+def check_deltas(study: Study) -> None:
+    """The packages that scorers and filters need are there, and so are the benchmark files."""
+    from deltaray.pair.filters import text_filter
+    from deltaray.score.registry import SCORERS
+
+    for scorer in study.scorers.values():
+        if scorer.kind in SCORERS:
+            SCORERS[scorer.kind](scorer)
+    for name, pairing in study.pairings.items():
+        for place, item in enumerate(pairing.filters):
+            text_filter(item)
+            for path in getattr(item, "paths", []):
+                next(read_prompts(path, f"pairings.{base_name(name)}.filters.{place}.paths", 1))
 
 
 def _check_prompts(study: Study, store: Store) -> int:
