@@ -32,7 +32,7 @@ class Pipeline:
     """One study on one cluster. Ray is started when the first stage has something to do."""
 
     def __init__(self, recipe: Recipe, terminal: Terminal | None = None, retry_failed: bool = False) -> None:
-        """`retry_failed`: generation tries the rows again that failed."""
+        """`retry_failed`: generation and judges try the rows again that failed."""
         self.retry_failed = retry_failed
         self.recipe, self.terminal = recipe, terminal or Terminal()
         self.study: Study = expand(recipe)
@@ -176,14 +176,17 @@ class Pipeline:
 
     def _complete_scores(self, sides: list[tuple[str, str]]) -> bool:
         """Scores what is missing of (scorer, teacher); whether anything was."""
+        from deltaray.score.judging import forget_failed
         from deltaray.score.stage import missing_scores, score
 
+        if self.retry_failed:
+            forget_failed(self.store, sides)
         units = missing_scores(self.study, self.store, sides)
         if units:
             left = sum(self.store.count(unit["responses"]) for unit in units)
             with self.runner.stage("score", "scores", left) as progress:
                 say = partial(self.runner.say, "score")
-                score(self.study, self.store, sides, self.runner.ray(), progress.update, say)
+                score(self.study, self.store, sides, self.runner.ray(), progress.update, say, self.retry_failed)
         return bool(units)
 
     def _pair(self) -> None:

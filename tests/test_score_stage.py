@@ -6,7 +6,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 from answered import ask, respond
-from completions_server import completion, prompt_of, serving
+from completions_server import completion, prompt_of, refusal, serving
 from tiny_model import make_tokenizer
 
 from deltaray.contracts import RESPONSES, SCORES
@@ -14,7 +14,7 @@ from deltaray.recipe import Recipe, Study, expand
 from deltaray.recipe.scorers import RewardModel
 from deltaray.runtime.session import Capacity
 from deltaray.score.compare import AGREEMENT, agreement_tables, compare_scores, is_compared, read_agreement
-from deltaray.score.judging import _judged_slices
+from deltaray.score.judging import _judged_slices, forget_failed
 from deltaray.score.rewards import RewardWorker
 from deltaray.score.stage import all_scores, missing_scores, score
 from deltaray.store import Store
@@ -22,6 +22,9 @@ from deltaray.store import Store
 PROMPTS, SHARD = 24, 10
 NONSENSE = 7
 """Every so many answers the judge says nothing that means anything."""
+BROKEN = 4
+"""What the fragile judge fails at until it is mended."""
+MENDED: list[bool] = []
 
 
 def judge_script(request: dict[str, Any], attempt: int) -> Any:
@@ -29,6 +32,8 @@ def judge_script(request: dict[str, Any], attempt: int) -> Any:
     text = prompt_of(request)
     number = int(text.partition("[user]\n")[2].partition("+")[0])
     right = [f"\n{2 * number}\n" in part for part in text.split("<response")[1:]]
+    if number == BROKEN and request["model"] == "the-fragile-judge" and not MENDED:
+        return refusal(400, "no")
     if number % NONSENSE == 3:
         return completion("As a language model I like both.")
     if len(right) == 2:
@@ -197,3 +202,22 @@ def test_answers_about_other_words_do_not_count(scored: Any) -> None:
     store.write_table(changed, table.set_column(RESPONSES.get_field_index("text"), "text", texts), RESPONSES)
     after = [score.value for part in _judged_slices(store, {**unit, "responses": changed}) for _, score in part]
     assert before[0] is not None and after[0] is None and after[1:] == before[1:]
+
+
+def test_what_a_judge_failed_at_is_asked_again_only_when_asked(scored: Any) -> None:
+    store, before, _, _ = scored
+    with serving(judge_script) as (server, url):
+        by = {"model": "the-fragile-judge", "endpoint": {"url": url, "retries": 0}}
+        fragile = {"fragile": {"kind": "judge", "by": by, "aspects": {"truth": "?"}}}
+        study = expand(Recipe.model_validate({**before.recipe.model_dump(), "scorers": fragile, "pairings": {}}))
+        sides, capacity = [("fragile", "weaker")], Capacity(8, 0)
+        score(study, store, sides, capacity)
+        row = scores_of(store, "fragile", "weaker")[f"p{BROKEN:03d}"]
+        assert row["score"] is None and row["note"].startswith("judge failed: ")
+        asked = len(server.requests)
+        MENDED.append(True)
+        assert score(study, store, sides, capacity) == 0 and len(server.requests) == asked
+        forget_failed(store, sides)
+        assert score(study, store, sides, capacity, retry_failed=True) == SHARD
+        assert len(server.requests) == asked + 1
+        assert scores_of(store, "fragile", "weaker")[f"p{BROKEN:03d}"]["score"] == 2

@@ -134,7 +134,7 @@ FOREIGN = {
     "other columns": (parquet({"x": [1]}), r"column prompt_id \(string\) is missing"),
     "other types": (parquet({name: ["0"] for name in ROW}), "column sample is string instead of int32"),
     "no keys": (
-        parquet(dict(zip(SCORES.names, table("a").set_column(0, "prompt_id", pa.nulls(1, pa.string())).columns))),
+        parquet({name: pa.nulls(1, pa.string()) if name == "prompt_id" else table("a")[name] for name in SCORES.names}),
         "damaged or no Parquet file of ours: .*null values",
     ),
     "no Parquet": (b"a,b\n1,2\n", "damaged or no Parquet file"),

@@ -12,6 +12,8 @@ from deltaray.score.response import Score
 Question = tuple[str, list[dict[str, str]]]
 """(its name, the conversation that is put to the judge)."""
 
+FAILED = "judge failed"
+"""The kind of note where there is no answer at all."""
 ORDERS = ("first", "second")
 """Where the response stands in a comparison: each is asked once in either place."""
 
@@ -136,4 +138,4 @@ def score_of(spec: Judge, answers: dict[str, list[tuple[str, str | None]]]) -> S
         value = fmean(parts.values())
         return Score(0.5 if spec.against and len(set(parts.values())) > 1 else value, parts=parts)
     errors = [error for name in missing for _, error in answers.get(name, []) if error]
-    return Score(None, f"judge failed: {errors[0]}" if errors else f"unparsable: {', '.join(missing)}", parts)
+    return Score(None, f"{FAILED}: {errors[0]}" if errors else f"unparsable: {', '.join(missing)}", parts)

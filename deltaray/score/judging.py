@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
+import pyarrow.compute as pc
+
 from deltaray.contracts import PROMPTS, RESPONSES
 from deltaray.generate.answer import Work, answer, work_of
 from deltaray.generate.identity import generation_identity, identity_digest
@@ -23,7 +25,7 @@ from deltaray.recipe.study import Study
 from deltaray.runtime.session import Capacity
 from deltaray.runtime.stream import map_units
 from deltaray.score.files import Asked, Key, Unit, read_slices, shard_of, write_scores
-from deltaray.score.judge import questions_of, score_of
+from deltaray.score.judge import FAILED, questions_of, score_of
 from deltaray.score.registry import section_of
 from deltaray.score.response import Score
 from deltaray.store import Store
@@ -32,23 +34,32 @@ Conversation = list[dict[str, str]]
 
 
 def judge_files(
-    study: Study, store: Store, units: list[Unit], capacity: Capacity, on_rows: OnRows, say: Callable[[str], None]
+    study: Study,
+    store: Store,
+    units: list[Unit],
+    capacity: Capacity,
+    on_rows: OnRows,
+    say: Callable[[str], None],
+    retry_failed: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """Has the files judged; yields what was counted in each as it is committed.
 
+    Args:
+        retry_failed: ask again what the judge failed to answer in earlier runs.
     Raises:
         StageError: too many of the judge's answers failed; what is committed stays.
     """
     for _ in map_units(units, partial(write_questions, store, study.recipe.unit_size)):
         pass
     sides = sorted({(unit["scorer"], unit["teacher"]) for unit in units})
-    works = [judge_work(study, store, scorer, teacher) for scorer, teacher in sides]
-    if not all(work.finished for work in works):
-        answer(store, works, capacity, responses_table, RESPONSES, study.recipe.failures, on_rows, say)
+    for retry in (False, True)[: 1 + retry_failed]:
+        works = [judge_work(study, store, *side, retry) for side in sides]
+        if not all(work.finished for work in works):
+            answer(store, works, capacity, responses_table, RESPONSES, study.recipe.failures, on_rows, say)
     yield from map_units(units, partial(score_judged, store))
 
 
-def judge_work(study: Study, store: Store, scorer: str, teacher: str) -> Work:
+def judge_work(study: Study, store: Store, scorer: str, teacher: str, retry: bool) -> Work:
     """What a judge still has to answer about a teacher's responses."""
     judge = study.scorers[scorer]
     assert isinstance(judge, Judge)
@@ -62,8 +73,18 @@ def judge_work(study: Study, store: Store, scorer: str, teacher: str) -> Work:
             destination=Store.judgements(scorer, teacher),
             identity=identity_digest(generation_identity(judge.by)),
             unit_size=study.recipe.unit_size,
+            retry=retry,
         ),
     )
+
+
+def forget_failed(store: Store, sides: list[tuple[str, str]]) -> None:
+    """Removes the files of scores in which a judge failed, so that they are made again."""
+    for scorer, teacher in sides:
+        for path in store.committed(Store.scores(scorer, teacher)):
+            notes = store.read_table(path, ["note"])["note"]
+            if pc.any(pc.starts_with(notes, FAILED)).as_py():
+                store.delete([path])
 
 
 def write_questions(store: Store, unit_size: int, unit: Unit) -> dict[str, Any]:

@@ -60,11 +60,13 @@ def score(
     capacity: Capacity | None = None,
     on_rows: Callable[[str, int, int, int], None] = lambda *_: None,
     say: Callable[[str], None] = lambda _: None,
+    retry_failed: bool = False,
 ) -> int:
     """Completes the scores of `sides` (default: what the pairings ask for); returns how many responses were looked at.
 
     Args:
         on_rows: progress as (scorer and teacher, responses done, responses in all, 0).
+        retry_failed: judges are asked again what they failed to answer.
     """
     units = missing_scores(study, store, sides)
     totals: dict[str, int] = {}
@@ -72,7 +74,7 @@ def score(
         name = _shown(unit)
         totals[name] = totals.get(name, 0) + store.count(unit["responses"])
     done = dict.fromkeys(totals, 0)
-    for result in _results(study, store, units, capacity or Capacity(0, 0), on_rows, say):
+    for result in _results(study, store, units, capacity or Capacity(0, 0), on_rows, say, retry_failed):
         name = _shown(result)
         done[name] += result["rows"]
         on_rows(name, done[name], totals[name], 0)
@@ -90,6 +92,7 @@ def _results(
     capacity: Capacity,
     on_rows: Callable[[str, int, int, int], None],
     say: Callable[[str], None],
+    retry_failed: bool,
 ) -> Iterator[dict[str, Any]]:
     judged = [unit for unit in units if unit["spec"]["kind"] == "judge"]
     rewarded = [unit for unit in units if unit["spec"]["kind"] == "reward_model"]
@@ -101,7 +104,7 @@ def _results(
     if judged:
         from deltaray.score.judging import judge_files
 
-        yield from judge_files(study, store, judged, capacity, on_rows, say)
+        yield from judge_files(study, store, judged, capacity, on_rows, say, retry_failed)
 
 
 def score_file(store: Store, unit: Unit) -> dict[str, Any]:
