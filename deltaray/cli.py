@@ -139,6 +139,24 @@ def generate(
     _pipeline(context, recipe, overrides, retry_failed).run(["generate"])
 
 
+@app.command()
+def score(
+    context: typer.Context,
+    recipe: RecipePath,
+    overrides: Overrides = [],  # noqa: B006
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Ask judges again what they failed to answer in earlier runs.")
+    ] = False,
+) -> None:
+    """Scores of all responses, and how far the scorers agree."""
+    from deltaray.score.compare import agreement_tables, read_agreement
+
+    pipeline = _pipeline(context, recipe, overrides, retry_failed)
+    pipeline.run(["score"])
+    for table in agreement_tables(read_agreement(pipeline.store)):
+        context.obj.out.print(table)
+
+
 _stage_command("pair", "Pair shards and the funnel.")
 _stage_command("train", "Reference log-probs and the students.")
 _stage_command("evaluate", "Benchmarks of the students and the teachers.")

@@ -41,6 +41,8 @@ SCORES = pa.schema(
         pa.field("prompt_id", pa.string(), nullable=False),
         pa.field("sample", pa.int32(), nullable=False),
         pa.field("score", pa.float64()),  # on the scorer's own scale; null = could not be scored
+        pa.field("note", pa.string()),  # `kind: words`: why it could not, or what the score rests on
+        pa.field("parts", pa.map_(pa.string(), pa.float64())),  # what the score is made from, by name
     ]
 )
 

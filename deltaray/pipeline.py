@@ -14,6 +14,7 @@ from deltaray.generate.supersede import changed_teachers, supersede
 from deltaray.generate.units import responses_in
 from deltaray.plan import Item, make_plan
 from deltaray.prompts import store_source
+from deltaray.prompts.preferences import store_preferences
 from deltaray.recipe import Recipe, Study, dump_recipe, expand
 from deltaray.recipe.study import TrainingRun
 from deltaray.runtime.preflight import check_inputs, check_local_inputs, definitions, prompt_source
@@ -22,8 +23,8 @@ from deltaray.runtime.session import Capacity, declared_capacity, joins_cluster,
 from deltaray.runtime.terminal import StageProgress, Terminal
 from deltaray.store import Store
 
-STAGES = ("generate", "pair", "train", "evaluate", "report")
-SECTIONS = {"pair": "pairings", "train": "training", "evaluate": "evaluation"}
+STAGES = ("generate", "score", "pair", "train", "evaluate", "report")
+SECTIONS = {"score": "scorers", "pair": "pairings", "train": "training", "evaluate": "evaluation"}
 """Stages that need a section of the recipe."""
 
 
@@ -31,7 +32,7 @@ class Pipeline:
     """One study on one cluster. Ray is started when the first stage has something to do."""
 
     def __init__(self, recipe: Recipe, terminal: Terminal | None = None, retry_failed: bool = False) -> None:
-        """`retry_failed`: generation tries the rows again that failed."""
+        """`retry_failed`: generation and judges try the rows again that failed."""
         self.retry_failed = retry_failed
         self.recipe, self.terminal = recipe, terminal or Terminal()
         self.study: Study = expand(recipe)
@@ -124,11 +125,17 @@ class Pipeline:
             supersede(self.study, self.store)
             self.store.claim(definitions(self.study))
             self.store.write_bytes("recipe.yaml", dump_recipe(self.recipe).encode())
-            store_source(self.store, prompt_source(self.study), self.recipe.shard_size, self.recipe.unit_size)
+            self._store_prompts()
         except OSError as error:
             raise UserError(f"out: {self.store.out} cannot be written: {error.strerror or error}") from None
         self.runner.bound = True
         self.runner.keep_records()
+
+    def _store_prompts(self) -> None:
+        sizes = self.recipe.shard_size, self.recipe.unit_size
+        if self.recipe.preferences:
+            return store_preferences(self.store, self.recipe.preferences, *sizes)
+        store_source(self.store, prompt_source(self.study), *sizes)
 
     # --- the stages -------------------------------------------------------------------------------------------
     def _miniature(self) -> None:
@@ -155,21 +162,49 @@ class Pipeline:
                 self.study, self.store, works, self.runner.ray(), progress.update, partial(self.runner.say, "generate")
             )
 
-    def _pair(self) -> None:
-        from deltaray.pair.stage import is_paired, pair
-        from deltaray.score.stage import missing_scores, score
+    def _score(self) -> None:
+        from deltaray.score.compare import compare_scores, is_compared
+        from deltaray.score.stage import all_scores
 
         self._demand_responses()
+        sides = all_scores(self.study)
+        if not self._complete_scores(sides) and is_compared(self.study, self.store):
+            return self.runner.nothing("score", f"{len(self.study.scorers)} scorers have scored all responses")
+        self.runner.worked = True
+        self.runner.ray()
+        compare_scores(self.study, self.store)
+
+    def _complete_scores(self, sides: list[tuple[str, str]]) -> bool:
+        """Scores what is missing of (scorer, teacher); whether anything was."""
+        from deltaray.score.judging import forget_failed
+        from deltaray.score.stage import missing_scores, score
+
+        if self.retry_failed:
+            forget_failed(self.store, sides)
+        units = missing_scores(self.study, self.store, sides)
+        if units:
+            left = sum(self.store.count(unit["responses"]) for unit in units)
+            with self.runner.stage("score", "scores", left) as progress:
+                say = partial(self.runner.say, "score")
+                score(self.study, self.store, sides, self.runner.ray(), progress.update, say, self.retry_failed)
+        return bool(units)
+
+    def _pair(self) -> None:
+        from deltaray.pair.stage import is_paired, pair
+        from deltaray.score.stage import needed_scores
+
+        self._demand_responses()
+        scored = self._complete_scores(needed_scores(self.study))
         todo = [name for name in self.study.pairings if not is_paired(self.study, self.store, name)]
-        if not todo and not missing_scores(self.study, self.store):
-            return self.runner.nothing("pair", f"{len(self.study.pairings)} pairings are up to date")
+        if not todo:
+            if not scored:
+                self.runner.nothing("pair", f"{len(self.study.pairings)} pairings are up to date")
+            return
         with self.runner.stage("pair", "pairings", len(todo)) as progress:
-            score(self.study, self.store)
-            for name, pairs in pair(self.study, self.store).items():
-                progress.update(name, 1, 1, note=f"{pairs:,} pairs")
+            pair(self.study, self.store, lambda name, pairs: progress.update(name, 1, 1, note=f"{pairs:,} pairs"))
 
     def _demand_responses(self) -> None:
-        for name in self.study.paired_teachers():
+        for name in self.study.answering():
             if not self.store.committed(Store.responses(name)):
                 raise UserError(f"{self.store.out}: teacher {name} has no responses yet; run `deltaray generate` first")
 

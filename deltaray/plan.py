@@ -35,6 +35,7 @@ def make_plan(study: Study, store: Store, prompts: int | None, capacity: Capacit
         prompts: how many prompts the recipe's file holds; None if it does not exist yet.
     """
     items = generation_items(study, store, prompts, capacity)
+    items += [_scoring_item(study, store, name, items) for name in study.scorers]
     items += [_pairing_item(study, store, name) for name in study.pairings]
     items += [_training_item(study, store, run, capacity) for run in study.runs.values()]
     items += evaluation_items(study, store, capacity)
@@ -65,11 +66,26 @@ def _place(model: Teacher | Student, capacity: Capacity) -> str:
     return f"{count} x vLLM, " + (f"{gpus:g} GPU each" if gpus else f"{engine.cpus:g} CPU each")
 
 
+def _scoring_item(study: Study, store: Store, name: str, generated: list[Item]) -> Item:
+    """All responses of all teachers, by one scorer."""
+    totals = [item.total for item in generated if item.stage == "generate"]
+    stored = sum(store.count_rows(Store.responses(teacher)) for teacher in study.answering())
+    total = None if None in totals else max(stored, sum(total or 0 for total in totals))
+    done = sum(store.count_rows(Store.scores(name, teacher)) for teacher in study.answering())
+    scorer = study.scorers[name]
+    where = f"{scorer.kind}, " + ("vLLM or endpoint" if scorer.kind == "judge" else "CPU tasks")
+    if scorer.kind == "reward_model":
+        where = f"reward_model, {scorer.workers} workers"
+    return Item("score", name, "scores", total, done, where)
+
+
 def _pairing_item(study: Study, store: Store, name: str) -> Item:
     pairing = study.pairings[name]
     done = is_paired(study, store, name)
     pairs = store.count_rows(Store.pairs(name)) if done else None
     what = f"{pairing.chosen} > {pairing.rejected}"
+    if pairing.policy != "by_sample":
+        what = f"{pairing.policy.replace('_', ' ')} of {len(pairing.teachers)} teachers"
     return Item("pair", name, "pairs", pairs, pairs or 0, f"{what}, CPU tasks")
 
 

@@ -20,7 +20,7 @@ from deltaray.store import Store
 
 RECENT = 600.0
 """Seconds: files younger than this say how fast a stage is now."""
-FOLDERS = {"pair": "pairs", "train": "students", "evaluate": "evaluation/responses"}
+FOLDERS = {"score": "scores", "pair": "pairs", "train": "students", "evaluate": "evaluation/responses"}
 """Where a stage commits; generation counts teacher by teacher."""
 
 Row = dict[str, Any]

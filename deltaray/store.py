@@ -30,12 +30,37 @@ class Store(Files):
         return f"scores/scorer={scorer}/teacher={teacher}"
 
     @staticmethod
+    def given(teacher: str) -> str:
+        """The scores that a preference data set brought along."""
+        return f".deltaray/given/teacher={teacher}"
+
+    @staticmethod
+    def questions(scorer: str, teacher: str) -> str:
+        """What a judge is asked about a teacher's responses; deleted once they are scored."""
+        return f".deltaray/questions/scorer={scorer}/teacher={teacher}"
+
+    @staticmethod
+    def judgements(scorer: str, teacher: str) -> str:
+        """What it answered."""
+        return f".deltaray/judgements/scorer={scorer}/teacher={teacher}"
+
+    @staticmethod
     def references(student: str, teacher: str) -> str:
         return f"references/student={student}/teacher={teacher}"
 
     @staticmethod
     def pairs(pairing: str) -> str:
         return f"pairs/pairing={pairing}"
+
+    @staticmethod
+    def tokens(student: str, teacher: str) -> str:
+        """A teacher's responses in a student's tokens."""
+        return f".deltaray/tokens/student={student}/teacher={teacher}"
+
+    @staticmethod
+    def removed(pairing: str) -> str:
+        """Which candidates of a pairing were removed, and by which rule."""
+        return f".deltaray/removed/pairing={pairing}"
 
     @staticmethod
     def student(name: str) -> str:

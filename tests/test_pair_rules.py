@@ -6,9 +6,9 @@ import pyarrow as pa
 import pytest
 
 from deltaray.contracts import PAIRS, PROMPTS
-from deltaray.pair.join import join_responses
+from deltaray.pair.funnel import merge_funnels, stage
+from deltaray.pair.join import candidates, pick_by_sample
 from deltaray.pair.rules import draw_key, rules
-from deltaray.pair.stage import merge_funnels
 from deltaray.recipe.deltas import Pairing
 
 
@@ -46,12 +46,22 @@ def responses(teacher: str, texts: dict[str, str], score: float | None = None, s
     )
 
 
+def join(asked: pa.Table, chosen: pa.Table, rejected: pa.Table) -> list[list[dict[str, Any]]]:
+    offers = pa.concat_tables([chosen, rejected])
+    texts = pa.table({"row": pa.array(range(len(offers)), pa.int64()), "text": offers["text"]})
+    ids = pa.array([[1]] * len(offers), pa.list_(pa.int32()))
+    for name, column in {"prompt_token_ids": ids, "token_ids": ids, "refused": pa.array([False] * len(offers))}.items():
+        texts = texts.append_column(name, column)
+    picks = pick_by_sample(asked, offers, *(table["teacher"][0].as_py() for table in (chosen, rejected)))
+    return list(candidates(asked, offers.drop_columns(["text"]), picks, texts))
+
+
 def candidate(**changes: Any) -> dict[str, Any]:
     base = {
         "prompt_id": "a", "chosen_sample": 0, "chosen": [{"content": "x"}], "rejected": [{"content": "y"}],
         "chosen_score": 1.0, "rejected_score": 0.0, "delta": 1.0, "chosen_finish": "stop", "rejected_finish": "stop",
         "chosen_tokens": 5, "rejected_tokens": 9, "prompt_tokens": 10, "chosen_error": None, "rejected_error": None,
-        "refused": False,
+        "refused": False, "source": None, "scores": {},
     }  # fmt: skip
     return base | changes
 
@@ -64,7 +74,7 @@ def passes(pairing: Pairing, pair: dict[str, Any], max_length: int = 100) -> str
 def test_the_join_keeps_the_order_of_prompts_whatever_the_order_of_responses() -> None:
     chosen = responses("weak", {"c": "C", "a": "A", "b": "B"}, 1.0)
     rejected = responses("weaker", {"b": "b", "a": "a"}, 0.0)
-    [pairs] = join_responses(prompts("abcd"), chosen, rejected)
+    [pairs] = join(prompts("abcd"), chosen, rejected)
     assert [(pair["prompt_id"], pair["chosen"][0]["content"], pair["rejected"][0]["content"]) for pair in pairs] == [
         ("a", "A", "a"),
         ("b", "B", "b"),
@@ -74,14 +84,14 @@ def test_the_join_keeps_the_order_of_prompts_whatever_the_order_of_responses() -
 
 def test_swapping_the_teachers_swaps_the_pair_and_the_sign_of_its_delta() -> None:
     one, other = responses("weak", {"a": "A"}, 0.9), responses("weaker", {"a": "a"}, 0.4)
-    [[there]], [[back]] = join_responses(prompts("a"), one, other), join_responses(prompts("a"), other, one)
+    [[there]], [[back]] = join(prompts("a"), one, other), join(prompts("a"), other, one)
     assert there["chosen"] == back["rejected"] and there["rejected"] == back["chosen"]
     assert there["delta"] == -back["delta"] == pytest.approx(0.5)
 
 
 def test_samples_are_paired_index_by_index() -> None:
     one, other = responses("weak", {"a": "A"}, samples=3), responses("weaker", {"a": "a"}, samples=2)
-    [pairs] = join_responses(prompts("a"), one, other)
+    [pairs] = join(prompts("a"), one, other)
     assert [(pair["chosen_sample"], pair["rejected_sample"]) for pair in pairs] == [(0, 0), (1, 1)]
     assert pairs[0]["delta"] is None  # unscored
 
@@ -125,9 +135,15 @@ def test_the_draw_is_seeded_and_spreads() -> None:
 
 
 def test_merged_funnels_chain() -> None:
-    shard = [{"stage": "a", "in": 5, "out": 4, "removed": 1}, {"stage": "b", "in": 4, "out": 2, "removed": 2}]
+    shard = [stage("a", 5, 4), stage("b", 4, 2)]
     merged = merge_funnels([shard, shard])
     assert merged == [{"stage": "a", "in": 10, "out": 8, "removed": 2}, {"stage": "b", "in": 8, "out": 4, "removed": 4}]
+
+
+def test_a_stage_that_adds_says_so_and_removes_nothing() -> None:
+    assert stage("samples", 4, 12) == {"stage": "samples", "in": 4, "out": 12, "removed": 0, "added": 8}
+    [merged] = merge_funnels([[stage("samples", 4, 12)], [stage("samples", 3, 2)]])
+    assert merged["in"] - merged["removed"] + merged["added"] == merged["out"] == 14
 
 
 def test_pair_columns_are_the_contract() -> None:

@@ -23,7 +23,7 @@ COMMANDS = [
     if line.strip()
 ]
 RECIPE = re.search(r"```yaml\n(# study.yaml\n.*?)```", README, re.DOTALL)
-STAGES = ("run", "generate", "pair", "train", "evaluate")
+STAGES = ("run", "generate", "score", "pair", "train", "evaluate")
 
 
 def test_every_make_command_is_what_ci_runs() -> None:
@@ -83,3 +83,14 @@ def test_a_running_cluster_is_joined_by_its_address(study: StudyRun, ray_session
     assert files and all(
         (tmp_path / "out" / file.relative_to(study.out)).read_bytes() == file.read_bytes() for file in files
     )
+
+
+def test_the_sections_on_scores_and_pairs_are_recipes(tmp_path: Path) -> None:
+    blocks = {name: block for block, name in re.findall(r"```yaml\n((\w+):.*?)```", README, re.DOTALL)}
+    names = ("larger", "smaller", "sft", "base")
+    head = f"name: x\nout: {tmp_path}/out\nstudent: {{model: m}}\n"
+    teachers = f"prompts: {{path: p}}\nteachers: {{{', '.join(f'{name}: {{model: m}}' for name in names)}}}\n"
+    for text in (head + teachers + blocks["scorers"] + blocks["pairings"], head + blocks["preferences"]):
+        (tmp_path / "recipe.yaml").write_text(text)
+        recipe = load_recipe(tmp_path / "recipe.yaml")
+        assert recipe.scorers and recipe.pairings

@@ -22,7 +22,7 @@ from deltaray.prompts import store_prompts
 from deltaray.runtime.failures import told_in
 from deltaray.store import Store
 
-ROW = {"prompt_id": "a", "sample": 0, "score": 1.0}
+ROW = {"prompt_id": "a", "sample": 0, "score": 1.0, "note": None, "parts": None}
 
 
 def table(*ids: str, samples: int = 1) -> pa.Table:
@@ -68,9 +68,8 @@ def test_unfinished_files_are_invisible(store: Store) -> None:
 def test_a_failed_write_leaves_what_was_there(store: Store) -> None:
     store.write_table("scores/part-00000.parquet", table("a"), SCORES)
     with pytest.raises(Exception, match="Failed to parse"):
-        store.write_table(
-            "scores/part-00000.parquet", pa.table({"prompt_id": ["a"], "sample": ["x"], "score": [1.0]}), SCORES
-        )
+        wrong = table("a").set_column(1, "sample", pa.array(["x"]))
+        store.write_table("scores/part-00000.parquet", wrong, SCORES)
     assert store.read_tables("scores", SCORES).to_pylist() == [ROW]
 
 
@@ -135,7 +134,7 @@ FOREIGN = {
     "other columns": (parquet({"x": [1]}), r"column prompt_id \(string\) is missing"),
     "other types": (parquet({name: ["0"] for name in ROW}), "column sample is string instead of int32"),
     "no keys": (
-        parquet({"prompt_id": pa.array([None], pa.string()), "sample": pa.array([0], pa.int32()), "score": [1.0]}),
+        parquet({name: pa.nulls(1, pa.string()) if name == "prompt_id" else table("a")[name] for name in SCORES.names}),
         "damaged or no Parquet file of ours: .*null values",
     ),
     "no Parquet": (b"a,b\n1,2\n", "damaged or no Parquet file"),

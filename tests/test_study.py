@@ -67,7 +67,7 @@ def test_a_second_run_does_nothing_and_says_so(study: StudyRun) -> None:
     before = {file: file.stat().st_mtime_ns for file in study.out.rglob("*.parquet")}
     again = deltaray("run", str(shipped_recipe("miniature")), *study.arguments)
     assert again.code == 0 and again.stdout == study.finished.stdout
-    for stage in ("generate", "pair", "train", "evaluate", "report"):
+    for stage in ("generate", "score", "pair", "train", "evaluate", "report"):
         assert f"{stage}: nothing to do" in again.stderr
     assert before == {file: file.stat().st_mtime_ns for file in study.out.rglob("*.parquet")}
 
@@ -245,7 +245,7 @@ def test_status_and_plan_say_that_all_is_done(study: StudyRun) -> None:
     status = json.loads(deltaray("status", str(study.out), "--json").stdout)
     plan = json.loads(deltaray("plan", str(shipped_recipe("miniature")), *study.arguments, "--json").stdout)
     for stages in (status["stages"], plan["stages"]):
-        assert [stage["stage"] for stage in stages] == ["generate", "pair", "train", "evaluate", "report"]
+        assert [stage["stage"] for stage in stages] == ["generate", "score", "pair", "train", "evaluate", "report"]
         assert all(stage["finished"] for stage in stages)
 
 

@@ -104,7 +104,7 @@ def _calibration(study: Study, found: Measured, prompts: int, capacity: Capacity
 
 
 def _refuse_missing_family(study: Study) -> None:
-    if study.recipe.miniature and not Path(study.recipe.prompts.path).exists():
+    if study.recipe.miniature and study.recipe.prompts and not Path(study.recipe.prompts.path).exists():
         raise UserError(
             f"{study.recipe.name}: the miniature's models in {study.recipe.miniature.directory} are not made "
             "yet; `deltaray generate RECIPE` makes them first"

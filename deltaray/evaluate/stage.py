@@ -21,7 +21,7 @@ from deltaray.recipe.recipe import Failures, Task
 from deltaray.recipe.study import Study, TrainingRun
 from deltaray.runtime.preflight import task_sources
 from deltaray.runtime.session import Capacity
-from deltaray.score.scorers import SCORERS
+from deltaray.score.verifiers import METRICS
 from deltaray.store import Store
 
 
@@ -122,7 +122,7 @@ def evaluation_table(metrics: Mapping[str, str], unit: Unit) -> pa.Table:
     Args:
         metrics: the metric of each task, by name.
     """
-    function = SCORERS[metrics[unit["destination"].rpartition("task=")[2]]]
+    function = METRICS[metrics[unit["destination"].rpartition("task=")[2]]]
     rows = [
         {
             "prompt_id": prompt_id,

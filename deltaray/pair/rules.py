@@ -3,41 +3,64 @@ the funnel can say what every rule removed.
 """
 
 import hashlib
-from collections.abc import Callable
+import unicodedata
+from collections.abc import Collection, Mapping
 from functools import partial
-from typing import Any
 
+from deltaray.pair.filters import Candidate, Rule, text_filter, token_filter
 from deltaray.recipe.deltas import Pairing
 
 FAILURES = ("prompt refused", "engine error", "empty answer")
 """Kinds of failed responses, as their `error` begins."""
-Candidate = dict[str, Any]
-Rule = Callable[[Candidate], bool]
-"""True: the pair stays."""
+Named = tuple[str, Rule]
 
 
-def rules(pairing: Pairing, max_length: int) -> list[tuple[str, Rule]]:
-    """The rules of a pairing as (name, predicate), in the order of the funnel.
+def rules(pairing: Pairing, max_length: int, dropped: Mapping[int, Collection[str]] | None = None) -> list[Named]:
+    """All rules of a pairing as (name, predicate), in the order of the funnel; see `text_rules` and `token_rules`."""
+    return text_rules(pairing, dropped or {}) + token_rules(pairing, max_length)
+
+
+def text_rules(pairing: Pairing, dropped: Mapping[int, Collection[str]]) -> list[Named]:
+    """The rules that need no tokens, so that only what passes them is tokenised.
+
+    Args:
+        dropped: by the place of a filter on prompts among the pairing's filters, the ids of the prompts it removes.
+    """
+    optional: list[tuple[str, Rule, bool]] = [
+        *((kind, partial(_did_not_fail, kind), True) for kind in FAILURES),
+        ("truncated", lambda pair: "length" not in _finishes(pair), pairing.drop_truncated),
+        ("identical", lambda pair: _plain(pair["chosen"]) != _plain(pair["rejected"]), pairing.drop_identical),
+        ("chosen not wrong", lambda pair: pair["chosen_score"] == 0, pairing.keep == "chosen_wrong"),
+        ("chosen not right", lambda pair: pair["chosen_score"] == 1, pairing.keep == "chosen_right"),
+        ("not tied", lambda pair: pair["delta"] == 0, pairing.keep == "tied"),
+        ("delta not positive", lambda pair: (pair["delta"] or 0) > 0, _wants_positive(pairing)),
+        ("delta below min_delta", lambda pair: _at_least(pair["delta"], pairing.min_delta), _has(pairing.min_delta)),
+        ("delta above max_delta", lambda pair: _at_least(pairing.max_delta, pair["delta"]), _has(pairing.max_delta)),
+    ]
+    found = [(name, rule) for name, rule, wanted in optional if wanted]
+    for place, item in enumerate(pairing.filters):
+        rule = text_filter(item, dropped.get(place, ()))
+        found += [(_shown(pairing, place), rule)] if rule else []
+    return found
+
+
+def token_rules(pairing: Pairing, max_length: int) -> list[Named]:
+    """The rules that count the student's tokens.
 
     Args:
         max_length: the student's; a prompt of max_length - 2 tokens or more leaves no room for a response.
     """
-    chosen_rules: list[tuple[str, Rule, bool]] = [
-        *((kind, partial(_did_not_fail, kind), True) for kind in FAILURES),
-        ("refused by the student's template", lambda pair: not pair["refused"], True),
-        ("truncated", lambda pair: "length" not in _finishes(pair), pairing.drop_truncated),
-        ("identical", lambda pair: pair["chosen"] != pair["rejected"], pairing.drop_identical),
-        ("prompt too long for the student", lambda pair: pair["prompt_tokens"] < max_length - 2, True),
-        ("chosen not wrong", lambda pair: pair["chosen_score"] == 0, pairing.keep == "chosen_wrong"),
-        ("chosen not right", lambda pair: pair["chosen_score"] == 1, pairing.keep == "chosen_right"),
-        ("delta below min_delta", lambda pair: _at_least(pair["delta"], pairing.min_delta), True),
-        ("delta above max_delta", lambda pair: _at_least(pairing.max_delta, pair["delta"]), True),
-        ("length gap", lambda pair: _length_gap(pair) <= (pairing.max_length_gap or 0), _has(pairing.max_length_gap)),
+    found: list[Named] = [
+        ("refused by the student's template", lambda pair: not pair["refused"]),
+        ("prompt too long for the student", lambda pair: pair["prompt_tokens"] < max_length - 2),
     ]
-    optional = {"delta below min_delta": pairing.min_delta, "delta above max_delta": pairing.max_delta}
-    return [
-        (name, rule) for name, rule, wanted in chosen_rules if wanted and (name not in optional or _has(optional[name]))
-    ]
+    if pairing.max_length_gap is not None:
+        most = pairing.max_length_gap
+        found.append(("length gap", lambda pair: abs(pair["chosen_tokens"] - pair["rejected_tokens"]) <= most))
+    for place, item in enumerate(pairing.filters):
+        rule = token_filter(item)
+        found += [(_shown(pairing, place), rule)] if rule else []
+    return found
 
 
 def draw_key(pair: Candidate, seed: int) -> int:
@@ -46,8 +69,26 @@ def draw_key(pair: Candidate, seed: int) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8])
 
 
+def _shown(pairing: Pairing, place: int) -> str:
+    """The name of a filter in the funnel; filters of one kind are numbered by their place in the recipe."""
+    item = pairing.filters[place]
+    side: str = getattr(item, "side", "both")
+    name = f"filter {item.kind}" + (f" ({side})" if side != "both" else "")
+    several = sum(other.kind == item.kind for other in pairing.filters) > 1
+    return f"{name} #{place}" if several else name
+
+
 def _did_not_fail(kind: str, pair: Candidate) -> bool:
     return not any((pair[side] or "").startswith(kind) for side in ("chosen_error", "rejected_error"))
+
+
+def _wants_positive(pairing: Pairing) -> bool:
+    asked = pairing.keep == "tied" or _has(pairing.min_delta) or _has(pairing.max_delta)
+    return pairing.policy != "by_sample" and not asked
+
+
+def _plain(turns: list[dict[str, str]]) -> str:
+    return " ".join(unicodedata.normalize("NFC", turns[0]["content"]).split())
 
 
 def _has(value: object) -> bool:
@@ -56,10 +97,6 @@ def _has(value: object) -> bool:
 
 def _finishes(pair: Candidate) -> tuple[str, str]:
     return pair["chosen_finish"], pair["rejected_finish"]
-
-
-def _length_gap(pair: Candidate) -> int:
-    return abs(int(pair["chosen_tokens"]) - int(pair["rejected_tokens"]))
 
 
 def _at_least(value: float | None, bound: float | None) -> bool:

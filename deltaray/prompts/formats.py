@@ -28,11 +28,12 @@ MOST_CHARACTERS = 1 << 28
 _json_row = json.JSONDecoder(strict=False)  # control characters inside strings are text like any other
 
 
-def open_rows(path: str, key: str) -> Numbered:
+def open_rows(path: str, key: str, columns: tuple[str, ...] = COLUMNS) -> Numbered:
     """The rows of a prompt file or data set.
 
     Args:
         key: the recipe's key that names it, for messages.
+        columns: what is read of a row, where others can be left out.
     Raises:
         UserError: there is no such file, or it is not of its kind; raised when that part is reached.
     """
@@ -40,12 +41,12 @@ def open_rows(path: str, key: str) -> Numbered:
     if file.is_dir():
         raise UserError(f"{key}: {path} is a folder; name one file")
     if is_hub_dataset(path):
-        return _dataset(path, key)
+        return _dataset(path, key, columns)
     if not file.exists():
         raise UserError(f"{key}: there is no file {path}; give a JSONL, JSON, Parquet or CSV file")
     if file.suffix not in READERS:
         raise UserError(f"{key}: {path}: unknown kind {file.suffix!r}; use {', '.join(READERS)}")
-    return READERS[file.suffix](file)
+    return _parquet(file, columns) if file.suffix == ".parquet" else TEXT_READERS[file.suffix](file)
 
 
 def is_hub_dataset(path: str) -> bool:
@@ -141,19 +142,22 @@ def _csv(file: Path) -> Numbered:
 
 
 # --- Arrow ------------------------------------------------------------------------------------------------------
-def _parquet(file: Path) -> Numbered:
+def _parquet(file: Path, wanted: tuple[str, ...]) -> Numbered:
     try:
         with pq.ParquetFile(file, buffer_size=BUFFER_BYTES) as source:
-            columns = _wanted(source.schema_arrow.names, str(file))
+            columns = _wanted(source.schema_arrow.names, str(file), wanted)
             yield from _arrow_rows(source.iter_batches(BATCH_ROWS, columns=columns))
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{file}: not a readable Parquet file: {str(error).splitlines()[0]}") from None
 
 
-def _wanted(names: list[str], path: str) -> list[str]:
-    if not {"prompt", "messages"} & set(names):
-        raise UserError(f"{path}: neither `prompt` nor `messages`; the columns are {', '.join(names) or 'none'}")
-    return [name for name in COLUMNS if name in names]
+def _wanted(names: list[str], path: str, wanted: tuple[str, ...]) -> list[str]:
+    there = ", ".join(names) or "none"
+    if wanted is COLUMNS and not {"prompt", "messages"} & set(names):
+        raise UserError(f"{path}: neither `prompt` nor `messages`; the columns are {there}")
+    if "chosen" in wanted and not {"chosen", "rejected"} <= set(names):
+        raise UserError(f"{path}: no `chosen` and `rejected`; the columns are {there}")
+    return [name for name in wanted if name in names]
 
 
 def _arrow_rows(batches: Iterable[Any]) -> Numbered:
@@ -189,9 +193,9 @@ def _value(scalar: Any) -> Any:
     return scalar.as_py() if buffer is None else _decode(buffer().to_pybytes())
 
 
-def _dataset(name: str, key: str) -> Numbered:
+def _dataset(name: str, key: str, columns: tuple[str, ...]) -> Numbered:
     rows = _load_dataset(name, key)
-    wanted = rows.select_columns(_wanted(rows.column_names, name))
+    wanted = rows.select_columns(_wanted(rows.column_names, name, columns))
     yield from _arrow_rows(wanted.with_format("arrow").iter(BATCH_ROWS))
 
 
@@ -207,5 +211,6 @@ def _load_dataset(name: str, key: str) -> Any:
         raise UserError(f"{key}: {name!r} is neither a file here nor a dataset that can be loaded: {reason}") from None
 
 
-READERS = {".jsonl": _jsonl, ".json": _json, ".parquet": _parquet, ".csv": _csv}
+TEXT_READERS = {".jsonl": _jsonl, ".json": _json, ".csv": _csv}
 """By the end of the file's name."""
+READERS = (*TEXT_READERS, ".parquet")

@@ -66,6 +66,8 @@ def _short(text: str) -> str:
 
 
 def _text(value: Any) -> str | None:
+    if isinstance(value, list | dict):  # tests or instructions for a verifier
+        return json.dumps(value, ensure_ascii=False, default=str)
     return value if value is None or isinstance(value, str) else str(value)
 
 

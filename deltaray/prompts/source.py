@@ -72,15 +72,16 @@ def _stored_record(store: Store, source: PromptSource, folder: str) -> dict[str,
 
 def _reading(source: PromptSource) -> dict[str, Any] | None:
     """What decides which prompts are read; None if no files hold them."""
-    files = files_of(source.path, source.key)
+    content = reading_of(source.path, source.key)
+    return content and content | {"limit": source.limit, "drop_duplicates": source.drop_duplicates}
+
+
+def reading_of(path: str, key: str) -> dict[str, Any] | None:
+    """The content behind a path; None if no files hold it."""
+    files = files_of(path, key)
     if not files or not all(file.is_file() for file in files):
         return None
-    return {
-        "format": Path(source.path).suffix,
-        "sha256": [_sha256(file) for file in files],
-        "limit": source.limit,
-        "drop_duplicates": source.drop_duplicates,
-    }
+    return {"format": Path(path).suffix, "sha256": [_sha256(file) for file in files]}
 
 
 def _sha256(file: Path) -> str:

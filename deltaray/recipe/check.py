@@ -1,32 +1,24 @@
 """What a recipe's single values cannot tell: names that must exist elsewhere in it, sections that need another."""
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from difflib import get_close_matches
+from collections.abc import Iterator, Mapping
 
+from deltaray.recipe.check_pairing import Problem, check_pairing, unknown
 from deltaray.recipe.losses import LOSS_FACTS, SETTINGS, readers
 from deltaray.recipe.recipe import Recipe
+from deltaray.recipe.scorers import Given, Judge, Size
 from deltaray.recipe.training import Run
-
-Problem = tuple[tuple[str | int, ...], str]
-"""(key path, what is wrong and what to write instead)."""
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 CLAIM = re.compile(r"\s*(\S+)\s*>\s*(\S+)\s*")
 
 
-def unknown(kind: str, name: str, known: Iterable[str]) -> str:
-    """The message for a name that does not exist, with the nearest that does."""
-    names = sorted(known)
-    close = get_close_matches(name, names, n=1)
-    hint = f"did you mean {close[0]!r}?" if close else f"write one of: {', '.join(names) or '(none defined)'}"
-    return f"there is no {kind} {name!r}; {hint}"
-
-
 def check_recipe(recipe: Recipe) -> Iterator[Problem]:
     """All contradictions of a recipe, in the order of its sections."""
+    yield from _check_sections(recipe)
     yield from _check_names(recipe)
     yield from _check_teachers(recipe)
+    yield from _check_scorers(recipe)
     yield from _check_pairings(recipe)
     yield from _check_training(recipe)
     yield from _check_evaluation(recipe)
@@ -64,24 +56,47 @@ def _check_teachers(recipe: Recipe) -> Iterator[Problem]:
                 yield (*at, key), "a teacher behind an endpoint has its own; leave it out"
 
 
+def _check_sections(recipe: Recipe) -> Iterator[Problem]:
+    if recipe.prompts is None and recipe.preferences is None:
+        yield ("prompts",), "is missing; add it, or `preferences:` with an existing preference data set"
+    if recipe.prompts is not None and recipe.preferences is not None:
+        yield ("preferences",), "brings its own prompts; write either `prompts` or `preferences`"
+    if not recipe.teachers and recipe.preferences is None:
+        yield ("teachers",), "is missing; name at least one teacher"
+    for side in ("chosen", "rejected"):
+        name = getattr(recipe.preferences, side, "")
+        if name and not NAME.fullmatch(name):
+            yield ("preferences", side), "names become folders: use letters, digits, '.', '_' and '-' only"
+        if name in recipe.teachers:
+            yield ("preferences", side), f"a teacher is called {name!r} already; choose another name"
+
+
+def _answering(recipe: Recipe) -> list[str]:
+    """Everybody who has responses in a study."""
+    given = recipe.preferences
+    return [*recipe.teachers, *([given.chosen, given.rejected] if given else [])]
+
+
+def _check_scorers(recipe: Recipe) -> Iterator[Problem]:
+    known = _answering(recipe)
+    for name, scorer in recipe.scorers.items():
+        at = ("scorers", name)
+        if isinstance(scorer, Size):
+            for teacher in scorer.sizes:
+                if teacher not in known:
+                    yield (*at, "sizes", teacher), unknown("teacher", teacher, known)
+        if isinstance(scorer, Judge) and scorer.against is not None and scorer.against not in known:
+            yield (*at, "against"), unknown("teacher", scorer.against, known)
+        if isinstance(scorer, Given) and recipe.preferences is None:
+            yield (*at, "kind"), "only `preferences:` bring scores along"
+
+
 def _check_pairings(recipe: Recipe) -> Iterator[Problem]:
     if recipe.pairings and recipe.student is None:
         yield ("pairings",), "lengths are counted in the student's tokens: add a `student:` section"
     for name, pairing in recipe.pairings.items():
         at = ("pairings", name)
-        for side in ("chosen", "rejected"):
-            teacher = getattr(pairing, side)
-            if teacher not in recipe.teachers:
-                yield (*at, side), unknown("teacher", teacher, recipe.teachers)
-        if pairing.chosen == pairing.rejected:
-            yield (*at, "rejected"), f"chosen and rejected are both {pairing.chosen!r}; name two different teachers"
-        if pairing.scorer is not None and pairing.scorer not in recipe.scorers:
-            yield (*at, "scorer"), unknown("scorer", pairing.scorer, recipe.scorers)
-        needs_scores = pairing.keep != "all" or pairing.min_delta is not None or pairing.max_delta is not None
-        if needs_scores and pairing.scorer is None:
-            yield at, "keep, min_delta and max_delta need scores: add `scorer: NAME`"
-        if pairing.min_delta is not None and pairing.max_delta is not None and pairing.min_delta > pairing.max_delta:
-            yield (*at, "min_delta"), "is larger than max_delta: no pair can pass"
+        yield from ((at + where, text) for where, text in check_pairing(pairing, _answering(recipe), recipe.scorers))
 
 
 def _check_training(recipe: Recipe) -> Iterator[Problem]:

@@ -4,7 +4,7 @@ import io
 from difflib import get_close_matches
 from pathlib import Path
 from types import UnionType
-from typing import Any, Union, get_args, get_origin
+from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
@@ -141,6 +141,10 @@ def _explain(issue: Any) -> str:
         return "is missing; add it"
     if kind == "literal_error":
         return f"{issue['input']!r} is not allowed; write {context['expected']}"
+    if kind == "union_tag_not_found":
+        return "`kind` is missing; add it"
+    if kind == "union_tag_invalid":
+        return f"kind {context['tag']!r} is not allowed; write one of: {context['expected_tags']}"
     if kind == "value_error":
         return f"{issue['input']!r} is not allowed; write {context['error']}"
     if kind == "string_pattern_mismatch":
@@ -168,6 +172,9 @@ def _child(kind: Any, part: str | int) -> Any:
         if get_origin(kind) in (Union, UnionType):
             kind = next((member for member in get_args(kind) if member is not type(None)), None)
         return kind
+    if get_origin(kind) is Annotated:  # a union told apart by `kind`, which is the part
+        members = get_args(get_args(kind)[0])
+        return next((it for it in members if part in get_args(it.model_fields["kind"].annotation)), None)
     members = get_args(kind)
     return members[-1] if members else None
 

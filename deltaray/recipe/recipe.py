@@ -4,8 +4,9 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
-from deltaray.recipe.deltas import Pairing, Scorer
+from deltaray.recipe.deltas import Pairing
 from deltaray.recipe.models import Sampling, Section, Student, Teacher
+from deltaray.recipe.scorers import Scorer
 from deltaray.recipe.training import Training
 
 Name = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
@@ -19,6 +20,18 @@ class Prompts(Section):
     """Use the first so many rows only."""
     duplicates: Literal["refuse", "drop"] = "refuse"
     """What to do with a second row of the same id or text: hub data sets often repeat prompts."""
+
+
+class Preferences(Section):
+    """An existing preference data set: its prompts, and its two sides as teachers who have answered already."""
+
+    path: str
+    """JSONL, JSON, Parquet, CSV or a hub dataset id, with `chosen` and `rejected` as texts or conversations, and
+    `prompt` where these do not begin with it. Also read: `source`, `answer`, and the sides' scores."""
+    limit: int | None = Field(None, ge=1)
+    chosen: str = "chosen"
+    rejected: str = "rejected"
+    """How pairings call the two sides."""
 
 
 class Task(Section):
@@ -75,8 +88,10 @@ class Recipe(Section):
     """Prompts per unit of generation: what is committed at once, and the most that one crash costs per unit in
     flight."""
     failures: Failures = Failures()
-    prompts: Prompts
-    teachers: dict[str, Teacher] = Field(min_length=1)
+    prompts: Prompts | None = None
+    preferences: Preferences | None = None
+    """In place of `prompts`; then `teachers` may be left out."""
+    teachers: dict[str, Teacher] = {}
     scorers: dict[str, Scorer] = {}
     pairings: dict[str, Pairing] = {}
     student: Student | None = None

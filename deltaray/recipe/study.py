@@ -13,6 +13,7 @@ from typing import TypeVar
 from deltaray.recipe.deltas import Pairing
 from deltaray.recipe.models import Model, Student, Teacher
 from deltaray.recipe.recipe import Recipe
+from deltaray.recipe.scorers import Judge, RewardModel, Scorer
 from deltaray.recipe.training import Run
 
 M = TypeVar("M", bound=Model)
@@ -47,6 +48,7 @@ class Study:
     pairings: dict[str, Pairing]
     runs: dict[str, TrainingRun]
     evaluated: dict[str, EvaluatedModel]
+    scorers: dict[str, Scorer]
 
     def student_of(self, pairing: str) -> str:
         """The student that a pairing trains and in whose tokens its lengths are counted."""
@@ -61,8 +63,14 @@ class Study:
 
     def paired_teachers(self) -> list[str]:
         """Teachers that some pairing uses, in the order of the recipe."""
-        used = {name for pairing in self.pairings.values() for name in (pairing.chosen, pairing.rejected)}
+        used = {name for pairing in self.pairings.values() for name in pairing.names}
+        used |= {it.against for it in self.scorers.values() if isinstance(it, Judge) and it.against}
         return [name for name in self.teachers if name in used or not self.pairings]
+
+    def answering(self) -> list[str]:
+        """Everybody whose responses are scored and paired: those teachers, and the sides of a preference data set."""
+        given = self.recipe.preferences
+        return [*self.paired_teachers(), *([given.chosen, given.rejected] if given else [])]
 
 
 def expand(recipe: Recipe) -> Study:
@@ -79,8 +87,7 @@ def expand(recipe: Recipe) -> Study:
         if recipe.student:
             students[names.student()] = _at_seed(recipe.student, seed)
         for name, pairing in recipe.pairings.items():
-            sides = {"chosen": names.teacher(pairing.chosen), "rejected": names.teacher(pairing.rejected)}
-            pairings[names.pairing(name)] = pairing.model_copy(update=sides)
+            pairings[names.pairing(name)] = names.renamed(pairing)
         for name, run in (recipe.training.runs if recipe.training else {}).items():
             for item in _grid(run, names.run(name)):
                 settings = item[1].model_copy(update={"seed": run.seed + seed})
@@ -89,7 +96,8 @@ def expand(recipe: Recipe) -> Study:
                     item[0], names.student(), names.pairing(run.pairing), settings, candidate_of
                 )
         evaluated |= {model.name: model for model in _evaluated(recipe, names, seed)}
-    return Study(recipe, teachers, students, pairings, runs, evaluated)
+    scorers = {name: _scorer_at(scorer, recipe.seeds[0]) for name, scorer in recipe.scorers.items()}
+    return Study(recipe, teachers, students, pairings, runs, evaluated, scorers)
 
 
 def base_name(name: str) -> str:
@@ -105,7 +113,17 @@ class _Names:
         self.suffix = f"-seed{seed}" if len(recipe.seeds) > 1 else ""
 
     def teacher(self, name: str) -> str:
-        return name + (self.suffix if _depends_on_seed(self.recipe.teachers[name]) else "")
+        teacher = self.recipe.teachers.get(name)  # the sides of a preference data set are none
+        return name + (self.suffix if teacher and _depends_on_seed(teacher) else "")
+
+    def renamed(self, pairing: Pairing) -> Pairing:
+        """The pairing with the names that its teachers have at this seed."""
+        update: dict[str, object] = {"teachers": [self.teacher(name) for name in pairing.teachers]}
+        update |= {"chosen": self.teacher(pairing.chosen), "rejected": self.teacher(pairing.rejected)}
+        if pairing.draw is not None:
+            weak = [self.teacher(name) for name in pairing.draw.weak_teachers]
+            update["draw"] = pairing.draw.model_copy(update={"weak_teachers": weak})
+        return pairing.model_copy(update=update)
 
     def student(self) -> str:
         student = self.recipe.student
@@ -114,7 +132,7 @@ class _Names:
 
     def pairing(self, name: str) -> str:
         pairing = self.recipe.pairings[name]
-        models: list[Model] = [self.recipe.teachers[pairing.chosen], self.recipe.teachers[pairing.rejected]]
+        models: list[Model] = [it for name, it in self.recipe.teachers.items() if name in pairing.names]
         models += [self.recipe.student] if self.recipe.student else []
         return name + (self.suffix if any(_depends_on_seed(model) for model in models) else "")
 
@@ -150,6 +168,13 @@ def _teacher_at_seed(teacher: Teacher, seed: int) -> dict[str, object]:
     return update
 
 
+def _scorer_at(scorer: Scorer, seed: int) -> Scorer:
+    """A scorer whose model, if it has one, can be found from anywhere."""
+    if isinstance(scorer, Judge):
+        return scorer.model_copy(update={"by": _at_seed(scorer.by, seed)})
+    return _at_seed(scorer, seed) if isinstance(scorer, RewardModel) else scorer
+
+
 def _grid(run: Run, name: str) -> list[tuple[str, Run]]:
     if not isinstance(run.learning_rate, list):
         return [(name, run)]
@@ -162,7 +187,7 @@ def _evaluated(recipe: Recipe, names: _Names, seed: int) -> list[EvaluatedModel]
         models.append(EvaluatedModel(names.student(), recipe.student.name, seed, "untouched"))
     for name in recipe.training.runs if recipe.training else []:
         models.append(EvaluatedModel(names.run(name), name, seed, "student"))
-    paired = {name for pairing in recipe.pairings.values() for name in (pairing.chosen, pairing.rejected)}
+    paired = {name for pairing in recipe.pairings.values() for name in pairing.names}
     if recipe.evaluation and recipe.evaluation.teachers:
         for name in recipe.teachers:
             if name in paired or not recipe.pairings:

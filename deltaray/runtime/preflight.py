@@ -7,8 +7,11 @@ from deltaray.chat import load_tokenizer
 from deltaray.errors import UserError
 from deltaray.generate.identity import generation_identity, model_identity
 from deltaray.prompts import PromptSource, check_source, is_hub_dataset, refuse_changed_prompts
+from deltaray.prompts.preferences import check_preferences
+from deltaray.prompts.read import read_prompts
 from deltaray.recipe.models import Model, Teacher
 from deltaray.recipe.recipe import Task
+from deltaray.recipe.scorers import Judge, RewardModel, Scorer
 from deltaray.recipe.study import Study, base_name
 from deltaray.store import Store
 
@@ -22,10 +25,31 @@ def check_inputs(study: Study, store: Store) -> None:
     Raises:
         UserError: the first mistake found, with file, key or row and the mend.
     """
-    check_source(store, prompt_source(study))
+    _check_prompts(study, store)
     check_tasks(study, store)
+    check_deltas(study)
     for key, model in models_of(study):
         check_model(model, key)
+
+
+def check_deltas(study: Study) -> None:
+    """The packages that scorers and filters need are there, and so are the benchmark files."""
+    from deltaray.pair.filters import text_filter
+    from deltaray.score.registry import SCORERS
+
+    for scorer in study.scorers.values():
+        if scorer.kind in SCORERS:
+            SCORERS[scorer.kind](scorer)
+    for name, pairing in study.pairings.items():
+        for place, item in enumerate(pairing.filters):
+            text_filter(item)
+            for path in getattr(item, "paths", []):
+                next(read_prompts(path, f"pairings.{base_name(name)}.filters.{place}.paths", 1))
+
+
+def _check_prompts(study: Study, store: Store) -> int:
+    given = study.recipe.preferences
+    return check_preferences(store, given) if given else check_source(store, prompt_source(study))
 
 
 def check_local_inputs(study: Study, store: Store) -> int | None:
@@ -34,8 +58,8 @@ def check_local_inputs(study: Study, store: Store) -> int | None:
     Returns:
         the number of prompts; None if they are on a hub.
     """
-    hub = is_hub_dataset(study.recipe.prompts.path)
-    prompts = None if hub else check_source(store, prompt_source(study))
+    asked = study.recipe.preferences or study.recipe.prompts
+    prompts = None if asked is None or is_hub_dataset(asked.path) else _check_prompts(study, store)
     check_tasks(study, store)
     for key, model in models_of(study):
         if model.is_local or _is_served(model):
@@ -44,8 +68,9 @@ def check_local_inputs(study: Study, store: Store) -> int | None:
 
 
 def prompt_source(study: Study) -> PromptSource:
-    """The study's prompts."""
+    """The study's prompts, where they are no preference data set's."""
     prompts = study.recipe.prompts
+    assert prompts is not None
     return PromptSource(prompts.path, "prompts.path", prompts.limit, prompts.duplicates == "drop")
 
 
@@ -65,7 +90,11 @@ def _tasks(study: Study, section: str) -> dict[str, Task]:
 def models_of(study: Study) -> list[tuple[str, Model]]:
     """All models of a study with the recipe's key that names them."""
     teachers: list[tuple[str, Model]] = [(f"teachers.{base_name(name)}", it) for name, it in study.teachers.items()]
-    return [*teachers, *(("student", student) for student in study.students.values())]
+    scorers: list[tuple[str, Model]] = []
+    for name, scorer in study.scorers.items():
+        scorers += [(f"scorers.{name}.by", scorer.by)] if isinstance(scorer, Judge) else []
+        scorers += [(f"scorers.{name}", scorer)] if isinstance(scorer, RewardModel) else []
+    return [*teachers, *scorers, *(("student", student) for student in study.students.values())]
 
 
 def check_tasks(study: Study, store: Store) -> None:
@@ -135,14 +164,24 @@ def _find_on_hub(model: Model, key: str) -> None:
         ) from None
 
 
+def scorer_identity(scorer: Scorer) -> dict[str, Any]:
+    """What decides a scorer's scores: its section, with models by what they are instead of where they lie."""
+    if isinstance(scorer, Judge):
+        return scorer.model_dump(mode="json", exclude={"by"}) | {"by": generation_identity(scorer.by)}
+    if isinstance(scorer, RewardModel):
+        speed = {"batch_size", "workers", "cpus", "gpus"}
+        return scorer.model_dump(mode="json", exclude=speed) | model_identity(scorer)
+    return scorer.model_dump(mode="json")
+
+
 def definitions(study: Study) -> dict[str, dict[str, Any]]:
     """What each artifact is made from; the store refuses to mix two definitions under one name."""
     recipe = study.recipe
     found: dict[str, dict[str, Any]] = {"study": {"name": recipe.name}}
     for name, teacher in study.teachers.items():
         found[Store.responses(name)] = generation_identity(teacher)
-    for name, scorer in recipe.scorers.items():
-        found[f"scores/scorer={name}"] = scorer.model_dump(mode="json")
+    for name, scorer in study.scorers.items():
+        found[f"scores/scorer={name}"] = scorer_identity(scorer)
     for name, student in study.students.items():
         found[f"students/{name}"] = {**model_identity(student), "max_length": student.max_length}
         if recipe.training:

@@ -1,57 +1,139 @@
-"""Score: every stored response once by every scorer that a pairing asks for."""
+"""Score: every stored response once by every scorer, one file of scores per file of responses."""
 
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-import pyarrow as pa
-
-from deltaray.contracts import SCORES
 from deltaray.prompts.shards import shard_name
+from deltaray.recipe.scorers import scorer_name
 from deltaray.recipe.study import Study
+from deltaray.runtime.session import Capacity
 from deltaray.runtime.stream import map_units
-from deltaray.score.scorers import SCORERS
+from deltaray.score.files import AT_ONCE, Key, Unit, read_slices, write_scores
+from deltaray.score.registry import SCORERS, section_of
+from deltaray.score.response import Score
 from deltaray.store import Store
 
+Side = tuple[str, str]
+"""(scorer, teacher)."""
 
-def missing_scores(study: Study, store: Store) -> list[dict[str, Any]]:
-    """One unit per responses file that a needed scorer has not scored yet; its scores file has the same name."""
-    wanted = {
-        (pairing.scorer, teacher)
+
+def needed_scores(study: Study) -> list[Side]:
+    """What the pairings ask for."""
+    sides = {
+        (scorer_name(reference), teacher)
         for pairing in study.pairings.values()
-        if pairing.scorer
-        for teacher in (pairing.chosen, pairing.rejected)
+        for reference in pairing.scorers
+        for teacher in pairing.names
     }
+    return sorted(sides)
+
+
+def all_scores(study: Study) -> list[Side]:
+    """Every scorer of the recipe on every teacher that some pairing uses."""
+    return [(scorer, teacher) for scorer in study.scorers for teacher in study.answering()]
+
+
+def missing_scores(study: Study, store: Store, sides: list[Side] | None = None) -> list[Unit]:
+    """One unit per responses file that a scorer has not scored yet; its scores file has the same name."""
     units = []
-    for scorer, teacher in sorted(wanted):
+    for scorer, teacher in needed_scores(study) if sides is None else sides:
         done = {shard_name(path) for path in store.committed(Store.scores(scorer, teacher))}
         for path in store.committed(Store.responses(teacher)):
             if shard_name(path) not in done:
-                destination = f"{Store.scores(scorer, teacher)}/{shard_name(path)}.parquet"
-                kind = study.recipe.scorers[scorer].kind
-                units.append({"responses": path, "kind": kind, "destination": destination})
+                units.append(
+                    {
+                        "scorer": scorer,
+                        "spec": study.scorers[scorer].model_dump(mode="json"),
+                        "teacher": teacher,
+                        "responses": path,
+                        "destination": f"{Store.scores(scorer, teacher)}/{shard_name(path)}.parquet",
+                    }
+                )
     return units
 
 
-def score(study: Study, store: Store) -> int:
-    """Completes the scores; returns how many responses were scored."""
-    results = map_units(missing_scores(study, store), partial(score_file, store))
-    return sum(result["rows"] for result in results)
+def score(
+    study: Study,
+    store: Store,
+    sides: list[Side] | None = None,
+    capacity: Capacity | None = None,
+    on_rows: Callable[[str, int, int, int], None] = lambda *_: None,
+    say: Callable[[str], None] = lambda _: None,
+    retry_failed: bool = False,
+) -> int:
+    """Completes the scores of `sides` (default: what the pairings ask for); returns how many responses were looked at.
+
+    Args:
+        on_rows: progress as (scorer and teacher, responses done, responses in all, 0).
+        retry_failed: judges are asked again what they failed to answer.
+    """
+    units = missing_scores(study, store, sides)
+    totals: dict[str, int] = {}
+    for unit in units:
+        name = _shown(unit)
+        totals[name] = totals.get(name, 0) + store.count(unit["responses"])
+    done = dict.fromkeys(totals, 0)
+    for result in _results(study, store, units, capacity or Capacity(0, 0), on_rows, say, retry_failed):
+        name = _shown(result)
+        done[name] += result["rows"]
+        on_rows(name, done[name], totals[name], 0)
+    return sum(done.values())
 
 
-def score_file(store: Store, unit: dict[str, Any]) -> dict[str, Any]:
-    """Scores one file of responses and commits the scores."""
-    rows = store.read_table(unit["responses"], ["prompt_id", "sample", "text"]).to_pylist()
-    shard = shard_name(unit["responses"]).rpartition("-")[0]
-    prompts = store.read_table(f"{Store.prompts}/{shard}.parquet", ["prompt_id", "answer"])
-    answers = dict(zip(prompts["prompt_id"].to_pylist(), prompts["answer"].to_pylist(), strict=True))
-    function = SCORERS[unit["kind"]]
-    scored = [
-        {
-            "prompt_id": row["prompt_id"],
-            "sample": row["sample"],
-            "score": function(row["text"], answers[row["prompt_id"]]),
-        }
-        for row in rows
-    ]
-    store.write_table(unit["destination"], pa.Table.from_pylist(scored, schema=SCORES), SCORES)
-    return {"rows": len(scored)}
+def _shown(item: dict[str, Any]) -> str:
+    return f"{item['scorer']} {item['teacher']}"
+
+
+def _results(
+    study: Study,
+    store: Store,
+    units: list[Unit],
+    capacity: Capacity,
+    on_rows: Callable[[str, int, int, int], None],
+    say: Callable[[str], None],
+    retry_failed: bool,
+) -> Iterator[dict[str, Any]]:
+    judged = [unit for unit in units if unit["spec"]["kind"] == "judge"]
+    rewarded = [unit for unit in units if unit["spec"]["kind"] == "reward_model"]
+    yield from map_units([unit for unit in units if unit not in judged + rewarded], partial(score_file, store))
+    if rewarded:
+        from deltaray.score.rewards import reward_files
+
+        yield from reward_files(store, rewarded, capacity)
+    if judged:
+        from deltaray.score.judging import judge_files
+
+        yield from judge_files(study, store, judged, capacity, on_rows, say, retry_failed)
+
+
+def score_file(store: Store, unit: Unit) -> dict[str, Any]:
+    """Scores one file of responses by a function and commits the scores."""
+    if unit["spec"]["kind"] == "given":
+        return write_scores(store, unit, _given(store, unit))
+    function = SCORERS[unit["spec"]["kind"]](section_of(unit["spec"]))
+    # only what an instruction speaks about needs the conversation before the response
+    slices = read_slices(store, unit, messages=unit["spec"]["kind"] == "ifeval")
+
+    def scored() -> Iterator[list[tuple[Key, Score]]]:
+        for part in slices:
+            yield [(key, Score(None, note) if it is None else function(it)) for key, it, note in part]
+
+    return write_scores(store, unit, scored())
+
+
+def _given(store: Store, unit: Unit) -> Iterator[list[tuple[Key, Score]]]:
+    """What a preference data set says of its own responses."""
+    path = f"{Store.given(unit['teacher'])}/{shard_name(unit['responses'])}.parquet"
+    if not store.exists(path):
+        rows = store.read_table(unit["responses"], ["prompt_id", "sample"]).to_pylist()
+        yield [((row["prompt_id"], row["sample"]), Score(None, "no score given")) for row in rows]
+        return
+    for batch in store.read_table(path, ["prompt_id", "sample", "score"]).to_batches(AT_ONCE):
+        yield [
+            (
+                (row["prompt_id"], row["sample"]),
+                Score(row["score"], None if row["score"] is not None else "no score given"),
+            )
+            for row in batch.to_pylist()
+        ]

@@ -1,0 +1,124 @@
+"""The recipe's filters as pure predicates on one candidate pair; True: it stays."""
+
+import re
+from collections.abc import Callable, Collection
+from typing import Any
+
+from deltaray.errors import UserError
+from deltaray.recipe import filters as recipe
+from deltaray.score.surface import cjk_share, is_refusal, repeated_phrases, repeated_sentences
+
+Candidate = dict[str, Any]
+Rule = Callable[[Candidate], bool]
+
+_MAKERS = (
+    "openai|chat ?gpt|gpt-?[345][\\w.-]*|anthropic|claude|google|gemini|gemma|bard|deepmind|qwen|tongyi|alibaba"
+    "|deepseek|meta ai|llama|mistral(?: ai)?|mixtral|cohere|command r|x\\.?ai|grok|perplexity|microsoft|copilot"
+    "|phi-?\\d|moonshot|kimi|zhipu|chatglm|baidu|ernie|yi-?\\d+b|01\\.ai"
+)
+"""Assistants and those who make them."""
+_BETWEEN = (
+    "an?|the|your|ai|artificial|intelligence|large|language|virtual|helpful|friendly|conversational|model|assistant"
+    "|chat ?bot|system|called|named|known|as|by|from|at|that|which|was|been|made|created|built|trained|developed"
+)
+"""What may stand between the speaker and such a name."""
+_IDENTITY = re.compile(
+    rf"\b(?:i am|i'm|i was|i have been|my name is|as)\s+(?:(?:{_BETWEEN})[\s,-]+){{0,12}}(?:{_MAKERS})\b"
+    r"|\b(?:deepseek|qwen|alibaba cloud)\b",
+    re.IGNORECASE,
+)
+
+
+def claims_other_identity(text: str) -> bool:
+    """Whether the speaker names another maker's model as itself or its maker, or one of those that are hardly named
+    for another reason (DeepSeek, Qwen, Alibaba Cloud)."""
+    return _IDENTITY.search(text.replace("’", "'")) is not None
+
+
+def language_of(text: str) -> str:
+    """ISO 639-1 code of the language that a text is most likely in."""
+    return str(_identifier().classify(text)[0])
+
+
+def _identifier() -> Any:
+    try:
+        import py3langid
+    except ImportError as error:
+        raise UserError(f"a filter of kind language needs `pip install deltaray[filters]`: {error}") from None
+    return py3langid
+
+
+def text_filter(item: Any, dropped: Collection[str] = ()) -> Rule | None:
+    """The predicate of a filter that needs no tokens; None for one that does.
+
+    Args:
+        dropped: the ids of the prompts that a filter on prompts removes (`prompts.dropped_prompts`).
+    """
+    if isinstance(item, recipe.DuplicatePrompt | recipe.Contaminated):
+        return _of_sources(item, lambda pair: pair["prompt_id"] not in dropped)
+    if isinstance(item, recipe.Correctness):
+        return _of_sources(item, lambda pair: _is_correct(item, pair))
+    fault = _fault(item)
+    return None if fault is None else _of_sources(item, _sided(item.side, fault))
+
+
+def token_filter(item: Any) -> Rule | None:
+    """The predicate of a filter that counts the student's tokens; None for any other."""
+    if isinstance(item, recipe.LengthGap):
+        return _of_sources(item, lambda pair: abs(pair["chosen_tokens"] - pair["rejected_tokens"]) <= item.max_tokens)
+    if isinstance(item, recipe.Length):
+        sides = _sides(item.side)
+        return _of_sources(item, lambda pair: all(_fits(item, pair[f"{side}_tokens"]) for side in sides))
+    return None
+
+
+def _fault(item: Any) -> Callable[[str], bool] | None:
+    """What a sided filter does not tolerate in a text."""
+    if isinstance(item, recipe.Repetition):
+        return lambda text: repeated_sentences(text) >= item.sentences or repeated_phrases(text) >= item.phrases
+    if isinstance(item, recipe.Cjk):
+        return lambda text: cjk_share(text) >= item.share
+    if isinstance(item, recipe.Language):
+        _identifier()
+        return lambda text: language_of(text) not in item.languages
+    if isinstance(item, recipe.Identity):
+        return claims_other_identity
+    if isinstance(item, recipe.Keywords):
+        pattern = re.compile("|".join(f"(?:{one})" for one in item.patterns), re.IGNORECASE)
+        return lambda text: pattern.search(text) is not None
+    return is_refusal if isinstance(item, recipe.Refusal) else None
+
+
+def _sided(side: str, fault: Callable[[str], bool]) -> Rule:
+    sides = _sides(side)
+    return lambda pair: not any(fault(pair[side][0]["content"]) for side in sides)
+
+
+def _sides(side: str) -> tuple[str, ...]:
+    return ("chosen", "rejected") if side == "both" else (side,)
+
+
+def _of_sources(item: Any, rule: Rule) -> Rule:
+    if item.sources is None:
+        return rule
+    return lambda pair: pair["source"] not in item.sources or rule(pair)
+
+
+def _fits(item: recipe.Length, tokens: int) -> bool:
+    return (item.min_tokens or 0) <= tokens <= (item.max_tokens or tokens)
+
+
+def _is_correct(item: recipe.Correctness, pair: Candidate) -> bool:
+    chosen, rejected = pair["scores"][item.scorer]
+    if not _says(item.chosen, chosen, pair["chosen_finish"]) or not _says(
+        item.rejected, rejected, pair["rejected_finish"]
+    ):
+        return False
+    return not item.min_gap or (None not in (chosen, rejected) and chosen - rejected >= item.min_gap)
+
+
+def _says(wanted: str, score: float | None, finish: str) -> bool:
+    """Whether a verifier's score is what a side must have; an unscored response is neither right nor wrong."""
+    if wanted == "wrong_or_truncated" and finish == "length":
+        return True
+    return {"any": True, "right": score == 1}.get(wanted, score == 0)

@@ -1,0 +1,180 @@
+"""One shard of prompts: which responses are paired, which pairs pass, what is written. Runs on any node."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from deltaray.contracts import PAIRS, PROMPTS, RESPONSES, SCORES
+from deltaray.pair.draw import Survey, draw_rules
+from deltaray.pair.filters import Candidate
+from deltaray.pair.funnel import Funnel, Stage, merge_funnels, stage
+from deltaray.pair.join import OFFERS, candidates, pick_by_sample, pick_from_pool
+from deltaray.pair.policies import policy_of
+from deltaray.pair.rules import Named, rules
+from deltaray.pair.tokens import TOKENS
+from deltaray.prompts.shards import shard_name
+from deltaray.recipe.deltas import Pairing
+from deltaray.store import Store, keys_of
+
+AT_ONCE = 2048
+"""Candidates that are Python objects at the same time."""
+
+Unit = dict[str, Any]
+"""A shard to pair: pairing (its name), spec (its section), prompts (the shard's file), samples (by teacher, how many
+take part), tokens (by teacher, files), max_length (the student's), dropped (by filter, ids of prompts), chosen (what
+`draw.choose` decided), write."""
+
+
+def pair_shard(store: Store, unit: Unit) -> dict[str, Any]:
+    """Joins and filters one shard of prompts; writes its pairs unless only a survey of them is asked for."""
+    pairing = Pairing(**unit["spec"])
+    prompts = store.read_table(unit["prompts"], PROMPTS.names)
+    shard = shard_name(unit["prompts"])
+    offers = _offers(store, pairing, unit["samples"], shard)
+    picks = _picks(pairing, prompts, offers)
+    texts = _texts(store, unit["tokens"], offers, picks, shard)
+    dropped = {int(place): set(ids) for place, ids in unit["dropped"].items()}
+    filters = rules(pairing, unit["max_length"], dropped) + draw_rules(unit["chosen"])
+    result = _Result(unit, pairing, store)
+    for part in candidates(prompts, offers, picks, texts, pairing.scorers, AT_ONCE):
+        result.add(*apply_rules(part, filters, result.removed))
+    return result.finish(shard, _beginning(pairing, unit["samples"], prompts, picks), apply_rules([], filters)[1])
+
+
+# --- what is joined ---------------------------------------------------------------------------------------------
+def _offers(store: Store, pairing: Pairing, samples: dict[str, int | None], shard: str) -> pa.Table:
+    """The short columns of all responses to a shard that take part, with their scores."""
+    return pa.concat_tables([_of_teacher(store, pairing, name, most, shard) for name, most in samples.items()])
+
+
+def _of_teacher(store: Store, pairing: Pairing, teacher: str, samples: int | None, shard: str) -> pa.Table:
+    """One teacher's, with `at`: the place of each among the rows of its files."""
+    columns = [name for name in OFFERS if name != "score"]
+    table = store.read_tables(Store.responses(teacher), RESPONSES, columns, prefix=f"{shard}-")
+    table = table.append_column("at", pa.array(range(len(table)), pa.int64()))
+    score = _scores(store, pairing.scorer, teacher, shard, table)
+    table = table.append_column("score", score)
+    for reference in pairing.scorers:
+        column = score if reference == pairing.scorer else _scores(store, reference, teacher, shard, table)
+        table = table.append_column(f"score:{reference}", column)
+    return table if samples is None else table.filter(pc.field("sample") < samples)
+
+
+def _scores(store: Store, reference: str | None, teacher: str, shard: str, responses: pa.Table) -> pa.ChunkedArray:
+    """What a scorer (`NAME`, or `NAME/PART`) says of each response; null where it says nothing."""
+    if reference is None:
+        return pa.chunked_array([pa.nulls(len(responses), pa.float64())])
+    name, _, part = reference.partition("/")
+    columns = ["prompt_id", "sample", "parts" if part else "score"]
+    table = store.read_tables(Store.scores(name, teacher), SCORES, columns, prefix=f"{shard}-")
+    values = table["score"] if not part else pc.map_lookup(table["parts"], part, "last").cast(pa.float64())
+    place = pc.index_in(keys_of(responses), value_set=keys_of(table).combine_chunks())
+    return values.take(place)
+
+
+def _picks(pairing: Pairing, prompts: pa.Table, offers: pa.Table) -> pa.Table:
+    if pairing.policy == "by_sample":
+        return pick_by_sample(prompts, offers, pairing.chosen, pairing.rejected)
+    return pick_from_pool(prompts, offers, policy_of(pairing), pairing.drop_truncated)
+
+
+def _texts(store: Store, tokens: dict[str, list[str]], offers: pa.Table, picks: pa.Table, shard: str) -> pa.Table:
+    """`row`, `text` and `TOKENS` of the picked responses; one teacher's column is in memory at a time."""
+    rows = pc.unique(pa.chunked_array([*picks["chosen"].chunks, *picks["rejected"].chunks], pa.int64()))
+    wanted = offers.select(["teacher", "at"]).take(rows).append_column("row", rows)
+    tables = [pa.schema([("row", pa.int64()), ("text", pa.string()), *TOKENS]).empty_table()]
+    for teacher, files in tokens.items():
+        mine = wanted.filter(pc.field("teacher") == teacher)
+        columns = {"row": mine["row"]}
+        texts = store.read_tables(Store.responses(teacher), RESPONSES, ["text"], prefix=f"{shard}-")
+        columns["text"] = texts["text"].take(mine["at"])
+        for name in TOKENS.names:
+            column = pa.concat_tables(
+                [TOKENS.empty_table().select([name]), *(store.read_table(it, [name]) for it in files)]
+            )
+            columns[name] = column[name].take(mine["at"])
+        tables.append(pa.table(columns))
+    return pa.concat_tables(tables)
+
+
+def _beginning(pairing: Pairing, samples: dict[str, int | None], prompts: pa.Table, picks: pa.Table) -> Funnel:
+    """From prompts to candidate pairs: prompts without any, then what several samples of a prompt add."""
+    answered = pc.count_distinct(picks["place"]).as_py()
+    if pairing.policy != "by_sample":
+        return [stage("enough scored responses", len(prompts), answered)]
+    found = [stage("answered by both teachers", len(prompts), answered)]
+    alone = any(most == 1 for most in samples.values())
+    return found if alone else [*found, stage("a pair per sample", answered, len(picks))]
+
+
+# --- what passes ------------------------------------------------------------------------------------------------
+def apply_rules(
+    pairs: list[Candidate], rules: Sequence[Named], removed: list[dict[str, Any]] | None = None
+) -> tuple[list[Candidate], Funnel]:
+    """(the candidates that pass all rules, the funnel); whose rule removed which goes to `removed`."""
+    funnel: list[Stage] = []
+    for name, rule in rules:
+        kept = [pair for pair in pairs if rule(pair)]
+        if removed is not None and len(kept) < len(pairs):
+            there = {id(pair) for pair in kept}
+            removed += [_key(pair) | {"reason": name} for pair in pairs if id(pair) not in there]
+        funnel.append(stage(name, len(pairs), len(kept)))
+        pairs = kept
+    return pairs, funnel
+
+
+REMOVED = pa.schema(
+    [
+        ("prompt_id", pa.string()),
+        ("chosen_model", pa.string()),
+        ("chosen_sample", pa.int32()),
+        ("rejected_model", pa.string()),
+        ("rejected_sample", pa.int32()),
+        ("reason", pa.string()),
+    ]
+)
+"""Candidates that a rule removed: the keys of their responses, and the rule."""
+
+
+def _key(pair: Candidate) -> dict[str, Any]:
+    return {name: pair[name] for name in REMOVED.names[:-1]}
+
+
+# --- what is written --------------------------------------------------------------------------------------------
+class _Result:
+    """What a shard adds up to, slice by slice."""
+
+    def __init__(self, unit: Unit, pairing: Pairing, store: Store) -> None:
+        self.unit, self.pairing, self.store = unit, pairing, store
+        self.tables, self.funnels = [PAIRS.empty_table()], list[Funnel]()
+        self.survey = Survey()
+        self.removed: list[dict[str, Any]] | None = [] if unit["write"] else None
+
+    def add(self, kept: list[Candidate], funnel: Funnel) -> None:
+        self.funnels.append(funnel)
+        if not self.unit["write"]:
+            return self.survey.add(kept)
+        pairs = map(reverse, kept) if self.pairing.reverse else kept
+        self.tables.append(pa.Table.from_pylist(list(pairs), schema=PAIRS))
+
+    def finish(self, shard: str, beginning: Funnel, empty: Funnel) -> dict[str, Any]:
+        name = self.unit["pairing"]
+        if not self.unit["write"]:
+            return {"pairing": name, "survey": vars(self.survey)}
+        removed = pa.Table.from_pylist(self.removed or [], schema=REMOVED)
+        self.store.write_table(f"{Store.removed(name)}/{shard}.parquet", removed, REMOVED)
+        self.store.write_table(f"{Store.pairs(name)}/{shard}.parquet", pa.concat_tables(self.tables), PAIRS)
+        return {"pairing": name, "funnel": [*beginning, *merge_funnels([empty, *self.funnels])]}
+
+
+def reverse(pair: Candidate) -> Candidate:
+    """The pair with its sides exchanged. Pure."""
+    turned = dict(pair)
+    for name in pair:
+        if name.startswith("chosen"):
+            other = name.replace("chosen", "rejected", 1)
+            turned[name], turned[other] = pair[other], pair[name]
+    turned["delta"] = None if pair["delta"] is None else -pair["delta"]
+    return turned

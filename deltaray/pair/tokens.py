@@ -1,0 +1,105 @@
+"""Every response in the student's tokens, once, whatever the number of pairings that use it.
+
+A file of tokens has the rows of its file of responses, in the same order. Its name holds the size and time of that
+file: responses that changed under their name are tokenised anew.
+"""
+
+import hashlib
+import json
+from functools import lru_cache
+from typing import Any
+
+import pyarrow as pa
+from jinja2 import TemplateError
+
+from deltaray.chat import conversation_ids, load_tokenizer
+from deltaray.prompts.shards import shard_name
+from deltaray.recipe.models import Student
+from deltaray.recipe.study import Study
+from deltaray.score.files import shard_of
+from deltaray.store import Store
+
+TOKENS = pa.schema(
+    [
+        ("prompt_token_ids", pa.list_(pa.int32())),
+        ("token_ids", pa.list_(pa.int32())),  # end token included
+        ("refused", pa.bool_()),  # by the student's template
+    ]
+)
+AT_ONCE = 2048
+"""Responses that are Python objects at the same time."""
+
+Files = dict[str, dict[str, list[str]]]
+"""By teacher and shard the files of tokens, in the order of the files of responses."""
+
+
+def token_files(store: Store, student: str, teacher: str) -> dict[str, str]:
+    """File of responses -> its file of tokens, whether that is there or not."""
+    folder = Store.tokens(student, teacher)
+    found = {}
+    for path, info in store.listing(Store.responses(teacher)).items():
+        digest = hashlib.sha256(f"{info.size} {info.mtime_ns}".encode()).hexdigest()[:8]
+        found[path] = f"{folder}/{shard_name(path)}-{digest}.parquet"
+    return found
+
+
+def files_by_shard(store: Store, student: str, teachers: list[str]) -> Files:
+    files: Files = {}
+    for teacher in teachers:
+        files[teacher] = {}
+        for path, tokens in token_files(store, student, teacher).items():
+            files[teacher].setdefault(shard_of(path), []).append(tokens)
+    return files
+
+
+def missing_tokens(study: Study, store: Store, names: list[str]) -> list[dict[str, Any]]:
+    """One unit per file of responses that a pairing uses and that is not tokenised for its student."""
+    sides = {(study.student_of(name), teacher) for name in names for teacher in study.pairings[name].names}
+    units = []
+    for student, teacher in sorted(sides):
+        there = set(store.committed(Store.tokens(student, teacher)))
+        spec = study.students[student].model_dump(mode="json")
+        units += [
+            {"responses": path, "student": spec, "destination": tokens}
+            for path, tokens in token_files(store, student, teacher).items()
+            if tokens not in there
+        ]
+    return units
+
+
+def tokenize_file(store: Store, unit: dict[str, Any]) -> dict[str, Any]:
+    """Commits the tokens of one file of responses, and removes those of an earlier file of its name."""
+    student = Student(**unit["student"])
+    table = store.read_table(unit["responses"], ["prompt_id", "text", "error"])
+    prompts = store.read_table(f"{Store.prompts}/{shard_of(unit['responses'])}.parquet", ["prompt_id", "messages"])
+    messages = dict(zip(prompts["prompt_id"].to_pylist(), prompts["messages"], strict=True))  # still Arrow's values
+    tables = [TOKENS.empty_table()]
+    for start in range(0, len(table), AT_ONCE):
+        rows = table.slice(start, AT_ONCE).to_pylist()
+        tokens = [_tokens(student, messages[row["prompt_id"]].as_py(), row) for row in rows]
+        tables.append(pa.Table.from_pylist(tokens, schema=TOKENS))
+    store.write_table(unit["destination"], pa.concat_tables(tables), TOKENS)
+    folder, _, own = unit["destination"].rpartition("/")
+    stem = f"{shard_name(unit['responses'])}-"
+    names = {path: path.rpartition("/")[2] for path in store.committed(folder)}
+    digits = len(own) - len(stem)
+    store.delete(
+        path for path, it in names.items() if it != own and it.startswith(stem) and len(it) == len(stem) + digits
+    )
+    return {}
+
+
+@lru_cache(maxsize=8)
+def _tokenizer(student: str) -> Any:
+    return load_tokenizer(Student(**json.loads(student)), "student")
+
+
+def _tokens(student: Student, messages: list[dict[str, str]], row: dict[str, Any]) -> dict[str, Any]:
+    """A row of `TOKENS`; a failed response has none."""
+    if row["error"] is not None:
+        return {"prompt_token_ids": [], "token_ids": [], "refused": False}
+    try:
+        prompt, (ids,) = conversation_ids(_tokenizer(student.model_dump_json()), messages, [row["text"]])
+    except TemplateError:
+        return {"prompt_token_ids": [], "token_ids": [], "refused": True}
+    return {"prompt_token_ids": prompt, "token_ids": ids, "refused": False}

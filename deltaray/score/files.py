@@ -1,0 +1,81 @@
+"""One file of responses in, one file of scores out, a slice of rows at a time."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from deltaray.contracts import SCORES
+from deltaray.prompts.shards import shard_name
+from deltaray.score.response import Response, Score
+from deltaray.store import Store
+
+AT_ONCE = 2048
+"""Responses that are Python objects at the same time."""
+
+Unit = dict[str, Any]
+"""A file to score: scorer (its name), spec (its section), teacher, responses (the file), destination."""
+Key = tuple[str, int]
+Asked = tuple[Key, Response | None, str | None]
+"""(key, what to score, or why it is not scored)."""
+
+
+def read_slices(store: Store, unit: Unit, messages: bool = False) -> Iterator[list[Asked]]:
+    """The responses of a file in slices; with `messages` they bring the conversation before them."""
+    columns = ["prompt_id", "sample", "text", "error"]
+    table = store.read_table(unit["responses"], columns)
+    prompts = _prompts(store, unit["responses"], messages)
+    for start in range(0, len(table), AT_ONCE):
+        rows = table.slice(start, AT_ONCE).to_pylist()
+        yield [_asked(unit, row, prompts[row["prompt_id"]]) for row in rows]
+
+
+def _prompts(store: Store, path: str, messages: bool) -> dict[str, dict[str, Any]]:
+    """The prompts that a file of responses answers, by id."""
+    columns = ["prompt_id", "answer", "source", *(["messages"] if messages else [])]
+    rows = store.read_table(f"{Store.prompts}/{shard_of(path)}.parquet", columns)
+    return {row["prompt_id"]: row for batch in rows.to_batches(AT_ONCE) for row in batch.to_pylist()}
+
+
+def shard_of(path: str) -> str:
+    """The shard of prompts that a file of responses (`<shard>-<unit>.parquet`) answers."""
+    return shard_name(path).rpartition("-")[0]
+
+
+def _asked(unit: Unit, row: dict[str, Any], prompt: dict[str, Any]) -> Asked:
+    key, spec = (row["prompt_id"], row["sample"]), unit["spec"]
+    if row["error"] is not None:
+        return key, None, "failed response"
+    if spec["sources"] is not None and prompt["source"] not in spec["sources"]:
+        return key, None, "other source"
+    if not is_drawn(row["prompt_id"], spec["share"]):
+        return key, None, "not drawn"
+    return key, Response(unit["teacher"], row["text"], prompt["answer"], prompt.get("messages") or []), None
+
+
+def is_drawn(prompt_id: str, share: float) -> bool:
+    """Whether a prompt is in the seeded draw; a larger share's draw holds a smaller one's. Pure."""
+    number = int.from_bytes(hashlib.sha256(f"share#{prompt_id}".encode()).digest()[:8])
+    return number < share * 2**64
+
+
+def write_scores(store: Store, unit: Unit, scored: Iterator[list[tuple[Key, Score]]]) -> dict[str, Any]:
+    """Commits a file of scores; returns what the driver counts."""
+    tables, notes, count = [SCORES.empty_table()], Counter[str](), 0
+    for part in scored:
+        tables.append(_table(part))
+        known = [score is not None for score in tables[-1]["score"].to_pylist()]
+        count += sum(known)
+        unscored = [note for note, there in zip(tables[-1]["note"].to_pylist(), known, strict=True) if not there]
+        notes.update(str(note).partition(":")[0] for note in unscored)
+    table = pa.concat_tables(tables)
+    store.write_table(unit["destination"], table, SCORES)
+    told = {"scorer": unit["scorer"], "teacher": unit["teacher"]}
+    return {**told, "rows": len(table), "scored": count, "unscored": dict(notes)}
+
+
+def _table(part: Sequence[tuple[Key, Score]]) -> pa.Table:
+    rows = [{"prompt_id": key[0], "sample": key[1], **score.row()} for key, score in part]
+    return pa.Table.from_pylist(rows, schema=SCORES)

@@ -1,0 +1,39 @@
+"""What a scorer is given and what it gives."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """One stored response with what its prompt says."""
+
+    teacher: str
+    text: str
+    answer: str | None = None
+    messages: list[dict[str, str]] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """A number on the scorer's scale, or None and why there is none."""
+
+    value: float | None
+    note: str | None = None
+    """`kind` or `kind: words`; kinds are counted. With a value it says what the value rests on, where that helps."""
+    parts: dict[str, float] = field(default_factory=dict)
+    """Numbers that the score is made from."""
+
+    def row(self) -> dict[str, Any]:
+        """The columns of `contracts.SCORES` besides the key; what is not a finite number becomes null."""
+        parts = [(name, float(value)) for name, value in self.parts.items() if math.isfinite(value)]
+        if self.value is not None and not math.isfinite(self.value):
+            return {"score": None, "note": "not a finite number", "parts": parts}
+        return {"score": self.value, "note": self.note, "parts": parts}
+
+
+ScoreFunction = Callable[[Response], Score]
+
+UNANSWERED = Score(None, "no answer to compare with")

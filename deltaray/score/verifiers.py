@@ -1,0 +1,84 @@
+"""Verifiers that compare a response with the prompt's answer. Pure: text and answer in, a `Score` out."""
+
+import json
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Any
+
+from deltaray.recipe.scorers import ExactMatch, Json, MultipleChoice, Numeric
+from deltaray.score.answers import fenced_blocks, final_letter, final_number
+from deltaray.score.response import UNANSWERED, Response, Score, ScoreFunction
+
+
+def exact_match(text: str, answer: str | None) -> float | None:
+    """1.0 if the response is the answer (white space around both ignored), else 0.0; None without an answer."""
+    if answer is None:
+        return None
+    return float(text.strip() == answer.strip())
+
+
+METRICS: dict[str, Callable[[str, str | None], float | None]] = {"exact_match": exact_match}
+"""By the `metric` of a recipe's tasks."""
+
+
+def exact_match_scorer(spec: ExactMatch) -> ScoreFunction:
+    def function(response: Response) -> Score:
+        return UNANSWERED if response.answer is None else Score(exact_match(response.text, response.answer))
+
+    return function
+
+
+def numeric_scorer(spec: Numeric) -> ScoreFunction:
+    def function(response: Response) -> Score:
+        if response.answer is None:
+            return UNANSWERED
+        wanted, found = final_number(response.answer), final_number(response.text)
+        if wanted is None:
+            return Score(None, "the answer holds no number")
+        if found is None:
+            return Score(0.0, "no number")
+        return Score(float(_same(*found, *wanted, Fraction(spec.tolerance))))
+
+    return function
+
+
+def _same(found: Fraction, found_percent: bool, wanted: Fraction, wanted_percent: bool, tolerance: Fraction) -> bool:
+    """Whether two numbers agree; where one side alone says `%`, 50 % may be written 50 or 0.5."""
+    forms = {found}
+    if found_percent and not wanted_percent:
+        forms.add(found / 100)
+    if wanted_percent and not found_percent:
+        forms.add(found * 100)
+    return any(abs(form - wanted) <= tolerance * max(abs(form), abs(wanted)) for form in forms)
+
+
+def multiple_choice_scorer(spec: MultipleChoice) -> ScoreFunction:
+    def function(response: Response) -> Score:
+        if response.answer is None:
+            return UNANSWERED
+        wanted = final_letter(response.answer) or final_letter(f"Answer: {response.answer}")
+        if wanted is None:
+            return Score(None, "the answer is no letter A to J")
+        found = final_letter(response.text)
+        return Score(0.0, "no choice") if found is None else Score(float(found == wanted))
+
+    return function
+
+
+def json_scorer(spec: Json) -> ScoreFunction:
+    def function(response: Response) -> Score:
+        blocks = fenced_blocks(response.text)
+        text = blocks[0][1] if len(blocks) == 1 and blocks[0][0] in ("", "json") else response.text
+        try:
+            value = json.loads(text, parse_constant=_refuse)
+        except (ValueError, RecursionError):
+            return Score(0.0, "not JSON")
+        if spec.keys and not (isinstance(value, dict) and value.keys() >= set(spec.keys)):
+            return Score(0.0, "keys are missing")
+        return Score(1.0)
+
+    return function
+
+
+def _refuse(constant: str) -> Any:
+    raise ValueError(f"{constant} is no JSON")

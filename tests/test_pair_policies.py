@@ -1,0 +1,179 @@
+"""Pairings on Ray over planted stores: policies, samples, draws, filters on prompts; everything recounted."""
+
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from answered import ask, respond
+from tiny_model import save_tiny
+
+from deltaray.contracts import PAIRS
+from deltaray.errors import UserError
+from deltaray.pair.shard import REMOVED
+from deltaray.pair.stage import pair
+from deltaray.recipe import Recipe, Study, expand
+from deltaray.score.stage import score
+from deltaray.store import Store
+
+PROMPTS, SAMPLES = 30, 3
+TEACHERS = ("big", "mid", "low")
+POOL = {"policy": "best_over_worst", "teachers": list(TEACHERS), "scorer": "words"}
+
+
+def words(teacher: str, n: int, k: int) -> int:
+    """How much a response says, which is its score here."""
+    return 1 + (n * 5 + k * 3 + 7 * TEACHERS.index(teacher)) % 9
+
+
+def text(teacher: str, n: int, k: int) -> str:
+    if teacher == "mid" and n % 10 == 4:
+        return ""  # failed
+    cut = " …" if teacher == "big" and n % 10 == 7 else ""
+    return " ".join(f"{teacher[0]}{n}x{k}" for _ in range(words(teacher, n, k))) + cut
+
+
+def study_at(out: Path, student: str, pairings: dict[str, Any]) -> Study:
+    return expand(
+        Recipe.model_validate(
+            {
+                "name": "policies",
+                "out": str(out),
+                "prompts": {"path": "unused.jsonl"},
+                "teachers": {name: {"model": "unused", "sampling": {"samples": SAMPLES}} for name in TEACHERS},
+                "scorers": {"words": {"kind": "surface", "statistic": "words"}},
+                "pairings": pairings,
+                "student": {"model": student, "max_length": 256},
+            }
+        )
+    )
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_tiny(tmp_path_factory.mktemp("student") / "student")
+
+
+@pytest.fixture(scope="module")
+def planted(ray_session: Any, student: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, Study]:
+    out = tmp_path_factory.mktemp("policies")
+    benchmark = out / "benchmark.jsonl"
+    benchmark.write_text(json.dumps({"prompt": "please add these two numbers for me right now: prompt nine"}) + "\n")
+    two = {"chosen": "big", "rejected": "low", "scorer": "words"}
+    filters = [{"kind": "duplicate_prompt"}, {"kind": "contaminated", "paths": [str(benchmark)]}]
+    pairings = {
+        "samples": two,
+        "part": {**two, "scorer": "words/characters"},
+        "worst": POOL,
+        "random": {**POOL, "policy": "best_over_random"},
+        "reversed": {**POOL, "reverse": True},
+        "drawn": {**POOL, "draw": {"of": 2, "weak": 1, "weak_teachers": ["low"]}},
+        "self": {**POOL, "teachers": ["mid"]},
+        "prompts": {**POOL, "filters": filters},
+        "few": {**POOL, "limit": 8, "stratify": True, "max_per_source": 9},
+    }
+    store, study = Store(str(out / "out")), study_at(out / "out", student, pairings)
+    contents = {9: "please add these two numbers for me right now: prompt nine", 21: "Number 20?", 20: "number  20?"}
+    ask(store, PROMPTS, 12, content=lambda n: contents.get(n, f"{n}+{n}="), source=lambda n: "ab"[n % 3 == 0])
+    for teacher in TEACHERS:
+        respond(store, teacher, PROMPTS, 12, lambda n, k, teacher=teacher: text(teacher, n, k), SAMPLES)
+    score(study, store)
+    pair(study, store)
+    return store, study
+
+
+def pairs_of(store: Store, name: str) -> dict[str, dict[str, Any]]:
+    return {row["prompt_id"]: row for row in store.read_tables(Store.pairs(name), PAIRS).to_pylist()}
+
+
+def usable(n: int) -> list[tuple[int, str, int]]:
+    """(score, teacher, sample) of the responses to a prompt that did not fail and were not cut."""
+    offers = [(words(teacher, n, k), teacher, k) for teacher in TEACHERS for k in range(SAMPLES)]
+    return [it for it in offers if text(it[1], n, it[2]) and not text(it[1], n, it[2]).endswith("…")]
+
+
+def test_funnels_chain_from_prompts_to_pairs_also_with_samples(planted: tuple[Store, Study]) -> None:
+    store, study = planted
+    for name in study.pairings:
+        funnel = store.read_json(f"{Store.pairs(name)}/funnel.json")
+        rows = store.count_rows(Store.pairs(name))
+        assert funnel[0]["in"] == PROMPTS and funnel[-1]["out"] == rows > 0
+        assert all(one["out"] == other["in"] for one, other in pairwise(funnel))
+        for item in funnel:
+            assert item["removed"] >= 0 and item["in"] - item["removed"] + item.get("added", 0) == item["out"]
+        assert any("added" in item for item in funnel) == (name in ("samples", "part"))
+        candidates = max(item["out"] for item in funnel)
+        reasons = store.read_tables(Store.removed(name), REMOVED)["reason"].to_pylist()
+        assert len(reasons) == candidates - rows
+        assert {item["stage"]: item["removed"] for item in funnel[1:] if item["removed"]} == {
+            reason: reasons.count(reason) for reason in set(reasons)
+        }
+
+
+def test_samples_are_paired_one_by_one(planted: tuple[Store, Study]) -> None:
+    store, _ = planted
+    rows = store.read_tables(Store.pairs("samples"), PAIRS).to_pylist()
+    assert len(rows) == SAMPLES * sum(n % 10 != 7 for n in range(PROMPTS))
+    assert all(row["chosen_sample"] == row["rejected_sample"] for row in rows)
+
+
+def test_a_part_of_a_score_takes_its_place(planted: tuple[Store, Study]) -> None:
+    store, _ = planted
+    rows = store.read_tables(Store.pairs("part"), PAIRS).to_pylist()
+    assert rows and all(row["chosen_score"] == len(row["chosen"][0]["content"]) for row in rows)
+
+
+def test_the_best_of_the_pool_stands_over_the_worst(planted: tuple[Store, Study]) -> None:
+    store, _ = planted
+    pairs = pairs_of(store, "worst")
+    for n in range(PROMPTS):
+        scores = [it[0] for it in usable(n)]
+        row = pairs[f"p{n:03d}"]
+        assert (row["chosen_score"], row["rejected_score"]) == (max(scores), min(scores))
+        assert row["chosen"][0]["content"] == text(row["chosen_model"], n, row["chosen_sample"])
+        assert row["rejected"][0]["content"] == text(row["rejected_model"], n, row["rejected_sample"])
+    rejected = {
+        row["rejected_score"] - min(it[0] for it in usable(int(key[1:])))
+        for key, row in pairs_of(store, "random").items()
+    }
+    assert len(rejected) > 2
+
+
+def test_controls_and_draws(planted: tuple[Store, Study]) -> None:
+    store, _ = planted
+    there, back = pairs_of(store, "worst"), pairs_of(store, "reversed")
+    assert there.keys() == back.keys()
+    assert all(
+        back[key]["chosen"] == there[key]["rejected"] and back[key]["delta"] == -there[key]["delta"] for key in there
+    )
+    assert all(row["chosen_tokens"] == len(row["chosen_token_ids"]) for row in back.values())
+    drawn = pairs_of(store, "drawn").values()
+    assert {("low" in (row["chosen_model"], row["rejected_model"])) for row in drawn} == {True}
+    assert {row["chosen_model"] for row in pairs_of(store, "self").values()} == {"mid"}
+    few = pairs_of(store, "few").values()
+    assert sorted(row["source"] for row in few) == ["a"] * 4 + ["b"] * 4  # nine of each source are left by the cap
+
+
+def test_duplicate_and_contaminated_prompts_go(planted: tuple[Store, Study]) -> None:
+    store, _ = planted
+    gone = pairs_of(store, "worst").keys() - pairs_of(store, "prompts").keys()
+    assert gone == {"p009", "p021"}
+
+
+def test_windows_that_leave_nothing_show_where_the_pairs_went(
+    planted: tuple[Store, Study], student: str, tmp_path: Path
+) -> None:
+    store, _ = planted
+    study = study_at(Path(store.out), student, {"none": {**POOL, "min_delta": 1000}})
+    for _ in range(2):  # an empty pairing is not up to date
+        with pytest.raises(UserError) as error:
+            pair(study, store)
+        assert "no pair is left" in str(error.value) and "-30 delta below min_delta" in str(error.value)
+
+
+def test_pair_shards_open_as_a_data_set_of_preferences(planted: tuple[Store, Study], tmp_path: Path) -> None:
+    store, _ = planted
+    for path in store.committed(Store.pairs("worst")):
+        assert pq.read_schema(Path(store.out) / path).equals(PAIRS)
