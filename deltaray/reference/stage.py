@@ -28,8 +28,7 @@ def references_needed(study: Study, runs: Iterable[TrainingRun]) -> dict[str, li
     needed: dict[str, dict[str, None]] = {}
     for run in runs:
         if LOSSES[run.settings.loss].needs_reference:
-            pairing = study.pairings[run.pairing]
-            needed.setdefault(run.student, {}).update({pairing.chosen: None, pairing.rejected: None})
+            needed.setdefault(run.student, {}).update(dict.fromkeys(study.pairings[run.pairing].names))
     return {student: list(teachers) for student, teachers in needed.items()}
 
 

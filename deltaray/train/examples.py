@@ -170,7 +170,10 @@ def _fitting(examples: Examples, student: Student) -> tuple[NDArray[np.bool_], d
 
 
 def _order(table: pa.Table) -> list[int]:
-    keys = [(name, "ascending") for name in ("prompt_id", "chosen_model", "chosen_sample", "rejected_sample")]
+    keys = [
+        (name, "ascending")
+        for name in ("prompt_id", "chosen_model", "chosen_sample", "rejected_model", "rejected_sample")
+    ]
     return list(pc.sort_indices(table, sort_keys=keys).to_pylist())
 
 
