@@ -18,6 +18,7 @@ import torch.distributed as dist
 from pair_examples import TEXTS, examples, with_references
 from tiny_model import save_tiny
 
+from deltaray.errors import StageError
 from deltaray.recipe.models import Student
 from deltaray.recipe.study import TrainingRun
 from deltaray.recipe.training import Run, Training
@@ -29,6 +30,21 @@ from deltaray.train.student import load_module
 from deltaray.train.trainer import Trainer
 
 STEPS, RESTART = 4, 2
+
+
+class FullStore(Store):
+    """A disk that is full when the manifest comes."""
+
+    def write_json(self, path: str, value: object) -> None:
+        raise StageError(f"no space left for {path.rpartition('/')[2]}")
+
+
+def refused(work) -> str:
+    try:
+        work()
+    except StageError as error:
+        return str(error)
+    return ""
 
 
 def main(out: Path, cases: list[tuple[dict, dict]]) -> None:
@@ -63,6 +79,8 @@ def compare(out: Path, layout: dict, settings: dict) -> dict:
     first = Trainer(training, student, run, data, 0)
     again = steps(first, 0, RESTART)
     checkpoints.save(first.engine, RESTART, {"step": RESTART, "data": data.fingerprint})
+    full = Checkpoints(FullStore(str(out / "store")), "run")
+    refusal = refused(lambda: full.save(first.engine, RESTART + 1, {"step": 9, "data": data.fingerprint}))
     stop_engine(first.engine)
     second = Trainer(training, student, run, data, 0)
     state, left_out = checkpoints.load(second.engine, data.fingerprint)
@@ -74,6 +92,7 @@ def compare(out: Path, layout: dict, settings: dict) -> dict:
         "norms": [line["grad_norm"] for line in lines],
         "losses_with_restart": [line["loss"] for line in again],
         "left_out": left_out,
+        "refused": refusal,
         "names": len(expected),
         "same": all(torch.equal(expected[name], found[name]) for name in expected) and len(found) == len(expected),
         "moved": min(float((expected[name] - before[name]).abs().max()) for name in expected),

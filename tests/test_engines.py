@@ -40,6 +40,12 @@ def test_a_restart_changes_no_bit(results, case):
     assert found["names"] == (28 if "LoRA" in case else 21)
 
 
+@pytest.mark.parametrize("case", list(CASES))
+def test_a_checkpoint_that_meets_a_full_disk_does_not_exist(results, case):
+    """The one before it is resumed from (`test_a_restart_changes_no_bit`)."""
+    assert results[case]["refused"] == "no space left for manifest.json"
+
+
 @pytest.mark.parametrize("case", [case for case in CASES if "kto" not in case])
 def test_every_layout_starts_at_ln_2(results, case):
     close = 2e-3 if "bfloat16" in case else 2e-6

@@ -239,6 +239,19 @@ def test_damaged_files_become_notes(tmp_path: Path) -> None:
     assert "pairing=wrong/funnel.json could not be read" in words and "73.1 %" in words
 
 
+def test_signs_of_failure_and_held_out_pairs_are_shown(tmp_path: Path) -> None:
+    out = report_study.build_study(tmp_path / "study", pairs=5)
+    with (out / "training/delta/metrics.jsonl").open("a") as file:
+        for step, accuracy in ((151, 0.625), (152, 0.875)):
+            line = {"step": step, "loss": 0.5, "heldout_accuracy": accuracy, "signatures": ["collapse"] * (step == 152)}
+            file.write(json.dumps(line) + "\n")
+    run = next(run for run in read_study(out, 10).runs if run.name == "delta")
+    assert run.signs == ((152, "collapse"),)
+    page = build_report(out).read_text(encoding="utf-8")
+    assert "delta shows signs of failure: collapse at step 152" in Page(page).words()
+    assert "delta on held-out pairs: 0.625 to 0.875" in page
+
+
 def test_single_results_are_collected_without_a_summary(tmp_path: Path) -> None:
     for name, value in (("delta-seed0", 0.6), ("delta-seed1", 0.8), ("student", 0.5)):
         content = {

@@ -73,6 +73,8 @@ class Run:
     group: str
     seed: int | None
     columns: dict[str, tuple[float | None, ...]]
+    signs: tuple[tuple[int, str], ...] = ()
+    """Failure signatures: (step at which it was first seen, name)."""
 
     def column(self, key: str) -> tuple[float | None, ...]:
         """A metric's values, or nothing but None when the run does not log it."""

@@ -119,7 +119,8 @@ def _run(path: Path) -> Run | None:
     keys = {key for row in rows for key in row}
     columns = {key: tuple(number(row.get(key)) for row in rows) for key in sorted(keys)}
     group, seed = split_seed(path.parent.name)
-    return Run(path.parent.name, group, seed, columns)
+    signs = [(int(step), str(name)) for step in sorted(steps) for name in steps[step].get("signatures") or ()]
+    return Run(path.parent.name, group, seed, columns, tuple(signs))
 
 
 def _measure(value: object) -> Measure:

@@ -15,10 +15,11 @@ POINTS = 500
 """Points of one curve; longer runs are averaged in equal stretches."""
 BINS = 40
 LOGPS = (("logps_chosen", "solid", "chosen"), ("logps_rejected", "5px,3px", "rejected"))
+ACCURACIES = (("rewards_accuracy", "solid", ""), ("heldout_accuracy", "2px,3px", "on held-out pairs"))
 CURVES = (
-    ("loss", "Loss", (("loss", "solid", ""),)),
-    ("margin", "Reward margin", (("rewards_margin", "solid", ""),)),
-    ("accuracy", "Reward accuracy", (("rewards_accuracy", "solid", ""),)),
+    ("loss", "Loss", (("loss", "solid", ""), ("heldout_loss", "2px,3px", "on held-out pairs"))),
+    ("margin", "Reward margin", (("rewards_margin", "solid", ""), ("heldout_margin", "2px,3px", "on held-out pairs"))),
+    ("accuracy", "Reward accuracy", ACCURACIES),
     ("logps", "Log-probability per token", LOGPS),
 )
 """Chart id, title, and its metrics with dash style and a word that tells them apart."""
@@ -47,7 +48,8 @@ def _curve_chart(
     key: str, title: str, parts: Sequence[tuple[str, str, str]], runs: Sequence[Run], palette: dict[str, str]
 ) -> Chart:
     data = [_curve(run, metric, dash, word, palette) for run in runs for metric, dash, word in parts]
-    words = "; ".join(_course(run, metric, word) for run in runs for metric, _, word in parts)
+    shown = [part for part in parts if not part[0].startswith("heldout") or any(run.last(part[0]) for run in runs)]
+    words = "; ".join(_course(run, metric, word) for run in runs for metric, _, word in shown)
     alt = f"{title} over optimizer steps. {words}."
     layout = frame("optimizer step", "")
     layout["xaxis"] |= {"fixedrange": False, "rangemode": "tozero", "nticks": 6}
