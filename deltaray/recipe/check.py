@@ -85,10 +85,17 @@ def _check_scorers(recipe: Recipe) -> Iterator[Problem]:
             for teacher in scorer.sizes:
                 if teacher not in known:
                     yield (*at, "sizes", teacher), unknown("teacher", teacher, known)
-        if isinstance(scorer, Judge) and scorer.against is not None and scorer.against not in known:
-            yield (*at, "against"), unknown("teacher", scorer.against, known)
+        if isinstance(scorer, Judge) and scorer.against is not None:
+            yield from (((*at, "against"), text) for text in _check_against(recipe, scorer.against, known))
         if isinstance(scorer, Given) and recipe.preferences is None:
             yield (*at, "kind"), "only `preferences:` bring scores along"
+
+
+def _check_against(recipe: Recipe, teacher: str, known: list[str]) -> Iterator[str]:
+    if teacher not in known:
+        yield unknown("teacher", teacher, known)
+    elif len(recipe.seeds) > 1 and teacher in recipe.teachers and "{seed}" in recipe.teachers[teacher].model:
+        yield "is another model at each seed; compare at one seed, or with a teacher that stays"
 
 
 def _check_pairings(recipe: Recipe) -> Iterator[Problem]:
