@@ -177,3 +177,12 @@ def test_pair_shards_open_as_a_data_set_of_preferences(planted: tuple[Store, Stu
     store, _ = planted
     for path in store.committed(Store.pairs("worst")):
         assert pq.read_schema(Path(store.out) / path).equals(PAIRS)
+
+
+def test_a_pool_is_referenced_as_a_whole(student: str, tmp_path: Path) -> None:
+    from deltaray.reference.stage import references_needed
+
+    study = study_at(tmp_path, student, {"worst": POOL})
+    training = {"runs": {"delta": {"pairing": "worst", "learning_rate": 1e-5}}}
+    study = expand(Recipe.model_validate({**study.recipe.model_dump(), "training": training}))
+    assert references_needed(study, list(study.runs.values())) == {"student": list(TEACHERS)}

@@ -173,3 +173,26 @@ def test_the_ladder_pairs_seven_teachers_21_times() -> None:
     assert all(sizes.index(pairing.chosen) > sizes.index(pairing.rejected) for pairing in study.pairings.values())
     rates = {name: (run.settings.learning_rate, run.settings.beta) for name, run in study.runs.items()}
     assert rates["1.5b-over-0.5b"] == (1e-7, 5) and rates["72b-over-7b"] == (1e-7, 10)
+    references = references_needed(study, study.runs.values())
+    assert {student: sorted(teachers) for student, teachers in references.items()} == {"student": sorted(sizes)}
+
+
+@pytest.mark.parametrize(
+    ("name", "pairs", "rate", "length", "workers"),
+    [
+        ("dolci-think-7b", 150_000, 8e-8, 16384, 32),
+        ("dolci-think-32b", 200_000, 7e-8, 8192, 64),
+        ("dolci-instruct-7b", 125_000, 1e-6, 16384, 16),
+        ("dolci-instruct-32b", 125_000, 1e-6, 8192, 64),
+    ],
+)
+def test_dolci_has_the_numbers_of_table_48(name: str, pairs: int, rate: float, length: int, workers: int) -> None:
+    """OLMo 3 (arXiv 2512.13961); the delta-heuristic half of Instruct's 260 thousand pairs."""
+    study = expand(load_recipe(recipe_folder() / f"{name}.yaml"))
+    (run,), (pairing,) = study.runs.values(), study.pairings.values()
+    settings = run.settings
+    assert (settings.loss, settings.beta, settings.batch_size, settings.epochs) == ("dpo_norm", 5, 128, 1)
+    assert (settings.schedule, settings.warmup_ratio, settings.weight_decay) == ("linear", 0.1, 0)
+    assert study.recipe.training is not None
+    found = (pairing.limit, settings.learning_rate, study.students["student"].max_length, study.recipe.training.workers)
+    assert found == (pairs, rate, length, workers)
