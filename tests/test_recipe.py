@@ -7,6 +7,7 @@ import pytest
 from deltaray.errors import UserError
 from deltaray.pipeline import Pipeline
 from deltaray.recipe import Recipe, dump_recipe, expand, load_recipe, recipe_folder
+from deltaray.reference.stage import references_needed
 
 GOOD = """\
 name: study
