@@ -143,7 +143,7 @@ def test_preferences_are_scored_paired_and_ready_to_train(ray_session: Any, tmp_
 def _check_training(store: Store, study: Any) -> None:
     """References of both sides, and the examples of a run that needs them."""
     from deltaray.chat import load_tokenizer
-    from deltaray.reference.stage import missing_files, references_needed
+    from deltaray.reference.stage import references_needed
     from deltaray.reference.worker import ReferenceWorker
     from deltaray.train.batches import read_examples
 
