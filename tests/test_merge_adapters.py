@@ -4,6 +4,7 @@ import json
 import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from deltaray.errors import UserError
 from deltaray.merge.adapter import Adapter
 from deltaray.merge.asked import Merge
 from deltaray.merge.methods import METHODS, Options
+from deltaray.merge.parallel import side_by_side
 from deltaray.merge.run import RECORD, merge_adapters
 from deltaray.merge.write import TensorFile
 
@@ -425,3 +427,45 @@ def test_merging_needs_neither_ray_nor_peft(tmp_path, pair):
     )
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+# --- several matrices at a time -----------------------------------------------------------------------------------
+def test_matrices_side_by_side_come_in_order_and_are_drawn_as_they_are_needed():
+    drawn = []
+
+    def tasks():
+        for number in range(20):
+            drawn.append(number)
+            yield number
+
+    def job(number):
+        time.sleep(0.002 * (number % 3))
+        return number, torch.get_num_threads()
+
+    found = side_by_side(job, tasks(), 3)
+    assert next(found) == (0, 1) and len(drawn) <= 5
+    assert list(found) == [(number, 1) for number in range(1, 20)]
+    assert [number for number, _ in side_by_side(job, range(3), 1)] == [0, 1, 2]
+
+
+def test_a_matrix_that_fails_ends_the_others():
+    done = []
+
+    def job(number):
+        if number == 2:
+            raise UserError("no")
+        done.append(number)
+
+    with pytest.raises(UserError, match="no"):
+        list(side_by_side(job, range(1000), 2))
+    assert len(done) < 20
+
+
+def test_the_number_of_threads_changes_nothing(tmp_path, pair):
+    threads = torch.get_num_threads()
+    for count in (1, 4):
+        torch.set_num_threads(count)
+        merge(pair, tmp_path / str(count))
+    torch.set_num_threads(threads)
+    one, four = (load_file(tmp_path / str(count) / "adapter_model.safetensors") for count in (1, 4))
+    assert one.keys() == four.keys() and all(torch.equal(one[name], four[name]) for name in one)

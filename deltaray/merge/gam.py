@@ -104,7 +104,7 @@ def procrustes(basis: Tensor, frame: Tensor) -> tuple[Tensor, int]:
     Returns:
         [p, rank], and the number of directions that the frame does not determine.
     """
-    if not basis.shape[1]:
+    if basis is frame or not basis.shape[1]:
         return frame, 0
     here, cosines, there = torch.linalg.svd(basis.T @ frame, full_matrices=True)
     met = int((cosines > ORTHOGONAL).sum())

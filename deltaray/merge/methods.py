@@ -100,6 +100,8 @@ class Method:
     """Whether it averages updates; otherwise it adds them."""
     takes: frozenset[str] = frozenset()
     """Options besides `weights`, `rank` and `scale`, which all take."""
+    dense: bool = False
+    """Whether it makes matrices of the weights' own size."""
 
 
 def _gam(task: Task) -> Result:
@@ -126,8 +128,8 @@ METHODS: Mapping[str, Method] = MappingProxyType(
         "mean": Method(lambda task: task.expand(mean(task.joint)), True, frozenset({"skip_missing"})),
         "task-arithmetic": Method(lambda task: task.expand(total(task.joint)), False),
         "cat": Method(lambda task: task.fit(concatenate(task.updates)), False),
-        "ties": Method(_on_weights("ties"), True, frozenset({"density", "skip_missing"})),
-        "dare": Method(_on_weights("dare"), True, frozenset({"density", "seed", "skip_missing"})),
+        "ties": Method(_on_weights("ties"), True, frozenset({"density", "skip_missing"}), dense=True),
+        "dare": Method(_on_weights("dare"), True, frozenset({"density", "seed", "skip_missing"}), dense=True),
         "knots": Method(lambda task: task.fit(knots(task.joint, task.rule())), True, _RULED),
         "core-space": Method(lambda task: task.expand(core_space(task.joint, task.rule())), True, _RULED),
         "tsv": Method(lambda task: task.expand(tsv(task.joint, task.options.rank)), False),

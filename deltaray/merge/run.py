@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from deltaray.merge.base import add_to_base, open_base
 from deltaray.merge.check import base_copies, modules_of, refuse_strangers, target_modules
 from deltaray.merge.diagnostics import SHRUNK, Diagnosis, summarize
 from deltaray.merge.factors import Factors
-from deltaray.merge.matrix import merge_matrix
+from deltaray.merge.matrix import Merged, merge_matrix
+from deltaray.merge.methods import METHODS
+from deltaray.merge.parallel import side_by_side
 from deltaray.merge.write import TensorFile, adapter_config, refuse_occupied, whole_folder
 from deltaray.storage.files import Files
 from deltaray.storage.filesystem import remove
@@ -93,11 +96,10 @@ def _merge_modules(
     keys = {module: next(each.modules[module] for each in opened if module in each.modules) for module in modules}
     names = [key for pair in keys.values() for key in (pair.down, pair.up)]
     found = {}
+    tasks = (([each.factors(module) for each in opened], module) for module in modules)
+    job = partial(_merge_one, merge, reference)
     with TensorFile(folder / WEIGHTS, [*names, *copies]) as file:
-        for number, module in enumerate(modules):
-            merged = merge_matrix(
-                [each.factors(module) for each in opened], merge.method, reference, merge.options, module
-            )
+        for number, (module, merged) in enumerate(side_by_side(job, tasks, 1 if METHODS[merge.method].dense else None)):
             update = _at_least_one(merged.update)
             file.add(keys[module].down, _stored(update.right, dtype, module))
             file.add(keys[module].up, _stored(update.left, dtype, module))
@@ -106,6 +108,11 @@ def _merge_modules(
         for key, tensor in copies.items():
             file.add(key, tensor)
     return found
+
+
+def _merge_one(merge: Merge, reference: int, task: tuple[list[Factors | None], str]) -> tuple[str, Merged]:
+    updates, module = task
+    return module, merge_matrix(updates, merge.method, reference, merge.options, module)
 
 
 def _dtype(merge: Merge, opened: Sequence[Adapter]) -> torch.dtype:
