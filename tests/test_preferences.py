@@ -142,20 +142,24 @@ def test_preferences_are_scored_paired_and_ready_to_train(ray_session: Any, tmp_
 
 def _check_training(store: Store, study: Any) -> None:
     """References of both sides, and the examples of a run that needs them."""
+    from dataclasses import asdict
+
     from deltaray.chat import load_tokenizer
+    from deltaray.reference.blocks import missing_blocks
     from deltaray.reference.stage import references_needed
     from deltaray.reference.worker import ReferenceWorker
-    from deltaray.train.batches import read_examples
+    from deltaray.train.examples import read_data
 
     student, run = study.students["student"], study.runs["delta"]
     worker = ReferenceWorker(store, "student", student, study.recipe.training)
     [(name, teachers)] = references_needed(study, [run]).items()
     assert teachers == ["chosen", "rejected"]
     for teacher in teachers:
-        for file in missing_files(store, name, teacher):
-            worker({"teacher": teacher, "file": file})
-    examples, dropped = read_examples(store, load_tokenizer(student, "student"), run, student.max_length)
-    assert len(examples) == 24 and dropped == 0 and all(example.reference_chosen < 0 for example in examples)
+        for block in missing_blocks(store, name, teacher):
+            worker(asdict(block))
+    data = read_data(store, run, student, load_tokenizer(student, "student").eos_token_id, 0)
+    assert data.counts["pairs"] == data.counts["trained"] == len(data.train) == 24
+    assert (data.train.references < 0).all()
 
 
 def test_a_recipe_has_prompts_or_preferences(tmp_path: Path) -> None:
