@@ -11,8 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 from deltaray.train.layout import Layout
 
-CHUNK = 1 << 27
-"""Logits that exist at a time: half a GiB of float32."""
+CHUNK = 1 << 26
+"""Logits that exist at a time: a quarter of a GiB of float32."""
 
 RESCALED = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
 """Settings of models that do more to their logits than a matrix product; None or 1 means that they do not."""
