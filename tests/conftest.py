@@ -19,6 +19,14 @@ from deltaray.store import Store
 ROOT = Path(__file__).parent.parent
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Shares the tests out: a file is one process's, the study's tests are too, and they begin, as they take longest."""
+    for item in items:
+        group = "study" if "study" in getattr(item, "fixturenames", ()) else item.path.name
+        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: "study" not in getattr(item, "fixturenames", ()))
+
+
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[Any]:
     import ray

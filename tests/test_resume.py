@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+from contextlib import suppress
 
 import psutil
 import pytest
@@ -35,11 +36,12 @@ def study_for(out, model, **training):
 
 
 def kill_a_worker():
-    """SIGKILL to one process of the worker group that runs now."""
-    for process in psutil.process_iter(["cmdline"]):
-        if "RayTrainWorker" in " ".join(process.info["cmdline"] or []):
-            os.kill(process.pid, signal.SIGKILL)
-            return
+    """SIGKILL to one process of the worker group that runs now in this process's Ray."""
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if "RayTrainWorker" in " ".join(process.cmdline()):
+                os.kill(process.pid, signal.SIGKILL)
+                return
     pytest.fail("there is no worker to kill")
 
 

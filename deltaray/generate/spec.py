@@ -78,6 +78,8 @@ class EngineSpec:
         if self.gpus == 0:
             # Without compilation vLLM 0.32 skips on CPU the warm-up that makes the buffers between pipeline stages.
             arguments |= {"enforce_eager": self.pipeline_parallel == 1, "kv_cache_memory_bytes": CPU_CACHE_BYTES}
+            # A prompt cut over two steps makes vLLM 0.32 take back a draw of its seed, which ends the engine on CPU.
+            arguments |= {"enable_chunked_prefill": False}
         elif self.gpus < 1:  # share the card as Ray shares it, a tenth left for what is not vLLM's
             arguments |= {"gpu_memory_utilization": round(0.9 * self.gpus, 3)}
         return arguments | self._lora_arguments() | dict(self.engine_kwargs)

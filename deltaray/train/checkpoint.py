@@ -9,6 +9,7 @@ import json
 import uuid
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import deepspeed
@@ -185,11 +186,23 @@ def prepare_moments(engine: Any, steps: int) -> None:
     zero = engine.optimizer
     inner = zero.optimizer
     flats = getattr(zero, "fp32_partitioned_groups_flat", None)  # ZeRO 3
-    for flat in flats or (flat for group in inner.param_groups for flat in group["params"]):
-        zeros = {moment: torch.zeros_like(flat, memory_format=torch.preserve_format) for moment in MOMENTS}
-        inner.state[flat] = {"step": torch.tensor(float(steps), device=flat.device), **zeros}
+    for number, flat in enumerate(flats or [flat for group in inner.param_groups for flat in group["params"]]):
+        with _in_memory(zero, number):
+            zeros = {moment: torch.zeros_like(flat, memory_format=torch.preserve_format) for moment in MOMENTS}
+            inner.state[flat] = {"step": torch.tensor(float(steps), device=flat.device), **zeros}
     if flats is None:  # ZeRO 1 and 2
         zero._lazy_init_hp_params_optimizer_state()
+
+
+@contextmanager
+def _in_memory(zero: Any, number: int) -> Iterator[None]:
+    """A group of weights that may lie on a disk meanwhile (`offload_folder`)."""
+    swapped = getattr(zero, "swap_optimizer", False) and zero._swappable_optimizer_subgroup(number)
+    if swapped:
+        zero._optimizer_states_and_gradient_swap_in(number)
+    yield
+    if swapped:
+        zero._optimizer_states_and_gradient_swap_out(number)
 
 
 def _apply(parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor]) -> None:
