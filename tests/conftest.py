@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Shares the tests out: a file is one process's, the study's tests are too, and they begin, as they take longest."""
+    """Shares the tests out: a file is one process's, and so are all that need the study; these take longest, so first."""
     for item in items:
         group = "study" if "study" in getattr(item, "fixturenames", ()) else item.path.name
         item.add_marker(pytest.mark.xdist_group(group))

@@ -40,6 +40,10 @@ class FullStore(Store):
         raise StageError(f"no space left for {path.rpartition('/')[2]}")
 
 
+def size_of(folder: str | None) -> int:
+    return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file()) if folder else 0
+
+
 def refused(work) -> str:
     try:
         work()
@@ -77,6 +81,8 @@ def answers_of(trainer: Trainer, student: Student, training: Training, run: Trai
 
 def compare(out: Path, layout: dict, settings: dict) -> dict:
     student = Student(model=save_tiny(out / "student", vocabulary=2048), quantize=layout.pop("quantize", None))
+    if folder := layout.get("offload_folder"):
+        layout["offload_folder"] = str(out / folder)
     training = Training(runs={}, tokens_per_pass=80, **{"dtype": "float32"} | layout)
     settings = {"batch_size": 5, "learning_rate": 1e-3, "weight_decay": 0.01} | settings
     run = TrainingRun("run", "student", ("pairs",), Run(pairing="pairs", **settings), None)
@@ -95,6 +101,7 @@ def compare(out: Path, layout: dict, settings: dict) -> dict:
     answers, plain_answers = answers_of(whole, student, training, run, pairs, weights(whole))
     lines += steps(whole, STEPS - 1, STEPS)
     expected = weights(whole)
+    on_disk = size_of(training.offload_folder)
     stop_engine(whole.engine)
 
     checkpoints = Checkpoints(Store(str(out / "store")), "run")
@@ -116,7 +123,9 @@ def compare(out: Path, layout: dict, settings: dict) -> dict:
         "norms": [line["grad_norm"] for line in lines],
         "losses_with_restart": [line["loss"] for line in again],
         "left_out": left_out,
+        "left_on_disk": size_of(training.offload_folder),
         "refused": refusal,
+        "on_disk": on_disk,
         "answers": answers,
         "plain_answers": plain_answers,
         "names": len(expected),

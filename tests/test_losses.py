@@ -3,6 +3,7 @@
 import math
 import random
 from itertools import chain
+from pathlib import Path
 
 import pytest
 import torch
@@ -156,3 +157,5 @@ def test_deepspeed_is_told_what_the_recipe_says():
     assert config["gradient_clipping"] == 0.5
     assert config["bf16"] == {"enabled": True}
     assert "bf16" not in deepspeed_config(training.model_copy(update={"dtype": "float32"}), Run(pairing="p"))
+    on_disk = deepspeed_config(Training(runs={}), Run(pairing="p"), Path("/fast"))["zero_optimization"]
+    assert on_disk["offload_optimizer"] == {"device": "nvme", "nvme_path": "/fast"}

@@ -125,6 +125,8 @@ def _check_training(recipe: Recipe) -> Iterator[Problem]:
         return
     if recipe.student is None:
         yield ("training",), "there is nothing to train: add a `student:` section"
+    if recipe.training.offload_folder is not None and recipe.training.zero_stage != 3:
+        yield ("training", "offload_folder"), "needs `zero_stage: 3`; stages 0 to 2 offload to memory only"
     for name, run in recipe.training.runs.items():
         at = ("training", "runs", name)
         for number, pairing in enumerate(run.pairings):

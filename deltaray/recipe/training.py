@@ -131,6 +131,10 @@ class Training(Section):
     """Compute activations again in the backward pass: less memory, a third more work."""
     offload: Literal["none", "optimizer", "all"] = "none"
     """What waits in the machine's memory instead of the GPU's: the optimizer's state; with ZeRO 3 also weights."""
+    offload_folder: str | None = None
+    """A folder on a fast local disk (NVMe) of every worker's machine where the optimizer's state waits instead (ZeRO 3;
+    arXiv 2104.07857); one per study. DeepSpeed compiles its disk access at first use: that needs libaio and a C++
+    compiler."""
     heldout: float = Field(0.0, ge=0, lt=1)
     """Share of the prompts that no run trains on; loss and accuracy on their pairs are measured while training."""
     heldout_evaluations: int = Field(10, ge=1)

@@ -1,5 +1,6 @@
 """DeepSpeed's configuration for a run. Pure."""
 
+from pathlib import Path
 from typing import Any
 
 from deltaray.recipe.training import Run, Training
@@ -8,8 +9,8 @@ BUCKET = 50_000_000
 """Elements reduced at a time; DeepSpeed's default of 5e8 would allocate 2 GB of float32 per worker at once."""
 
 
-def deepspeed_config(training: Training, run: Run) -> dict[str, Any]:
-    """What `deepspeed.initialize` gets beside the optimizer.
+def deepspeed_config(training: Training, run: Run, disk: Path | None = None) -> dict[str, Any]:
+    """What `deepspeed.initialize` gets beside the optimizer; `disk`: where its state waits, if not in memory.
 
     The loop cuts batches by tokens, sets the accumulation boundary itself and divides the loss itself (by what the
     global batch holds); the numbers named here only tell DeepSpeed that gradients are accumulated.
@@ -21,12 +22,12 @@ def deepspeed_config(training: Training, run: Run) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,  # torch's AdamW: no compiler needed, the same on CPU and GPU
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 1_000_000_000,
-        "zero_optimization": _zero(training),
+        "zero_optimization": _zero(training, disk),
         **_precision(training),
     }
 
 
-def _zero(training: Training) -> dict[str, Any]:
+def _zero(training: Training, disk: Path | None) -> dict[str, Any]:
     # DeepSpeed's stage 0 keeps no float32 weights beside bfloat16 ones (small steps vanish) and tells no gradient norm;
     # stage 1 computes the same with less memory.
     stage = max(1, training.zero_stage)
@@ -35,6 +36,8 @@ def _zero(training: Training) -> dict[str, Any]:
         settings["stage3_prefetch_bucket_size"] = BUCKET
     if training.offload != "none":
         settings["offload_optimizer"] = {"device": "cpu"}
+    if disk is not None:
+        settings["offload_optimizer"] = {"device": "nvme", "nvme_path": str(disk)}
     if training.offload == "all":
         settings["offload_param"] = {"device": "cpu"}
     return settings

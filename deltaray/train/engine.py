@@ -1,6 +1,7 @@
 """The student under DeepSpeed: loading it (partitioned from the start with ZeRO 3) and saving what was trained."""
 
 import gc
+import shutil
 import tempfile
 import warnings
 from pathlib import Path
@@ -8,8 +9,10 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
+from deltaray.errors import StageError
 from deltaray.recipe.models import Student
 from deltaray.recipe.training import Run, Training
 from deltaray.store import Store
@@ -27,11 +30,18 @@ def join_process_group() -> None:
     deepspeed.init_distributed(dist_backend=torch.distributed.get_backend())
 
 
-def start_engine(student: Student, training: Training, run: Run, start: str | None = None) -> Any:
-    """A DeepSpeed engine around `ResponseLogProbs`; `start`: the folder of a student or adapter to go on from."""
+def start_engine(
+    student: Student, training: Training, run: Run, start: str | None = None, disk: Path | None = None
+) -> Any:
+    """A DeepSpeed engine around `ResponseLogProbs`.
+
+    Args:
+        start: the folder of a student or adapter to go on from.
+        disk: this worker's own folder for the optimizer's state; gone when the engine is stopped.
+    """
     from transformers.integrations import HfDeepSpeedConfig
 
-    config = deepspeed_config(training, run)
+    config = deepspeed_config(training, run, disk)
     # While this object lives, from_pretrained partitions every weight as it is read: no worker ever holds the whole.
     partitioning = HfDeepSpeedConfig(config) if training.zero_stage == 3 else None
     torch.manual_seed(run.seed)  # a fresh adapter is the same on every worker
@@ -40,9 +50,23 @@ def start_engine(student: Student, training: Training, run: Run, start: str | No
     if training.gradient_checkpointing:
         module.model.gradient_checkpointing_enable({"use_reentrant": False})
     module.train()
+    if disk is not None:
+        _demand_disk_access(disk)
     if training.zero_stage == 3:
         deepspeed.zero.register_external_parameter(module.head, module.model.get_output_embeddings().weight)
     return deepspeed.initialize(model=module, optimizer=_optimizer(module, run), config=config)[0]
+
+
+def _demand_disk_access(folder: Path) -> None:
+    if not get_accelerator().create_op_builder("AsyncIOBuilder").is_compatible():
+        raise StageError(
+            "training.offload_folder: DeepSpeed cannot compile its disk access on this worker: install libaio "
+            "(Debian, Ubuntu: `apt-get install libaio-dev`) and a C++ compiler, or leave offload_folder out"
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StageError(f"training.offload_folder: {folder} cannot be made on this worker: {error.strerror}") from None
 
 
 def _optimizer(module: nn.Module, run: Run) -> torch.optim.Optimizer:
@@ -55,7 +79,10 @@ def _optimizer(module: nn.Module, run: Run) -> torch.optim.Optimizer:
 
 def stop_engine(engine: Any) -> None:
     """Frees weights, gradients and optimizer state for the next run of the same process."""
+    offload = engine._config.zero_config.offload_optimizer
     engine.destroy()
+    if offload is not None and offload.nvme_path is not None:
+        shutil.rmtree(offload.nvme_path, ignore_errors=True)
     engine.optimizer = engine.module = None
     gc.collect()
     if torch.cuda.is_available():

@@ -86,7 +86,8 @@ def _out_of_memory(name: str, training: Training, error: Exception) -> str:
         f"training {name}: a GPU is out of memory: {str(error).splitlines()[0]}\n"
         f"in `training:`, lower tokens_per_pass (now {training.tokens_per_pass}), set gradient_checkpointing: true "
         f"(now {str(training.gradient_checkpointing).lower()}), or move state to the machine's memory with "
-        f"offload: optimizer or all (now {training.offload}); more workers under zero_stage: 3 help, too"
+        f"offload: optimizer or all (now {training.offload}), or to a disk with offload_folder; more workers under "
+        f"zero_stage: 3 help, too"
     )
 
 

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,7 +42,8 @@ class Trainer:
         self.loss, self.settings = LOSSES[run.settings.loss], LossSettings.of(run.settings)
         self.both = self.loss.needs_rejected
         self.rank, self.workers = dist.get_rank(), dist.get_world_size()
-        self.engine = start_engine(student, training, run.settings, start)
+        disk = training.offload_folder and Path(training.offload_folder) / f"{run.name}-rank{self.rank}"
+        self.engine = start_engine(student, training, run.settings, start, disk or None)
         packed, budget = is_packed(self.engine.module), training.tokens_per_pass
         self.cutter = Cutter(self.loss, self.rank, self.workers, budget, packed, pad_id)
         self.next_batch: tuple[int, Future[list[Pass]]] | None = None
