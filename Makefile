@@ -13,12 +13,12 @@ CPU_FLAGS := --override .venv/overrides.txt $(if $(LOCAL_TORCH),,--torch-backend
 INSTALL := $(BIN)/uv pip install --python $(BIN)/python --compile-bytecode \
 	$(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS)) $(if $(filter cpu,$(EXTRA)),$(CPU_FLAGS))
 
-.PHONY: demo test lint browser clean
+.PHONY: demo test lint tools clean
 
 demo: .venv/ready-$(EXTRA)
 	$(BIN)/deltaray demo $(ARGS)
 
-test: .venv/ready-$(EXTRA)-dev lint browser
+test: .venv/ready-$(EXTRA)-dev lint tools
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder $(ARGS)
 
 lint: .venv/ready-$(EXTRA)-dev
@@ -27,11 +27,14 @@ lint: .venv/ready-$(EXTRA)-dev
 	$(BIN)/mypy
 	$(BIN)/bandit --quiet --configfile pyproject.toml --recursive deltaray jobs
 
-# The report is looked at in a real browser; where none can be had that one test is skipped and says so.
-browser:
-	@command -v chromium chromium-browser google-chrome >/dev/null 2>&1 \
-	|| { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && apt-get install -y -qq chromium >/dev/null; } \
-	|| echo "no Chromium found: the browser test of the report will be skipped"
+# The report is looked at in a real browser, the alerts are evaluated by a real Prometheus; where one of them cannot be
+# had its tests are skipped and say so.
+tools:
+	@{ command -v chromium || command -v chromium-browser || command -v google-chrome; } >/dev/null 2>&1 \
+	&& command -v prometheus >/dev/null 2>&1 \
+	|| { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq \
+	&& apt-get install -y -qq --no-install-recommends chromium prometheus >/dev/null; } \
+	|| echo "no Chromium or no Prometheus found: their tests will be skipped"
 
 .venv/ready-%-dev: pyproject.toml .venv/bin/uv
 	$(INSTALL) -e '.[$*,dev]'

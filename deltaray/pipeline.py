@@ -238,7 +238,11 @@ class Pipeline:
                 self.runner.nothing("pair", f"{len(self.study.pairings)} pairings are up to date")
             return
         with self.runner.stage("pair", "pairings", len(todo)) as progress:
-            pair(self.study, self.store, lambda name, pairs: progress.update(name, 1, 1, note=f"{pairs:,} pairs"))
+            pair(self.study, self.store, partial(self._show_pairs, progress))
+
+    def _show_pairs(self, progress: StageProgress, name: str, pairs: int) -> None:
+        progress.update(name, 1, 1, note=f"{pairs:,} pairs")
+        self.runner.metrics.funnel(name, self.store.read_json(f"{Store.pairs(name)}/funnel.json"))
 
     def _demand_responses(self) -> None:
         for name in self.study.answering():
@@ -261,7 +265,18 @@ class Pipeline:
                     raise UserError(f"{self.store.out}: pairing {pairing} has no pairs yet; run `deltaray pair` first")
         self._reference(runs)
         with self.runner.stage("train", "students", len(runs), shown="steps") as progress:
-            train(self.study, self.store, runs, partial(_show_training, progress), partial(self.runner.say, "train"))
+            train(
+                self.study, self.store, runs, partial(self._show_training, progress), partial(self.runner.say, "train")
+            )
+
+    def _show_training(self, progress: StageProgress, run: str, step: int, total: int, metrics: dict[str, Any]) -> None:
+        note = ""
+        if metrics:
+            accuracy = metrics["rewards_accuracy"]
+            right = "" if accuracy is None else f", accuracy {accuracy:.2f}"
+            note = f"loss {metrics['loss']:.4f}{right}, {metrics['tokens_per_second']:,.0f} tokens/s"
+        progress.update(run, step, total, note=note)
+        self.runner.metrics.training(run, step, metrics)
 
     def _reference(self, runs: list[TrainingRun]) -> None:
         """Reference log-probs, once per response, for the runs whose loss compares with a reference."""
@@ -327,12 +342,3 @@ class Pipeline:
         if not self.runner.worked and self.store.exists("report.html"):
             return self.runner.nothing("report", self.store.address("report.html"))
         self.terminal.say(f"report: {write_report(self.store)}")
-
-
-def _show_training(progress: StageProgress, run: str, step: int, total: int, metrics: dict[str, Any]) -> None:
-    note = ""
-    if metrics:
-        accuracy = metrics["rewards_accuracy"]
-        right = "" if accuracy is None else f", accuracy {accuracy:.2f}"
-        note = f"loss {metrics['loss']:.4f}{right}, {metrics['tokens_per_second']:,.0f} tokens/s"
-    progress.update(run, step, total, note=note)

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Shares the tests out: a file is one process's, and so are all that need the study; these take longest, so first."""
+    """Shares the tests out: a file is one process's, and so are the study's, which come first for they take longest."""
     for item in items:
         group = "study" if "study" in getattr(item, "fixturenames", ()) else item.path.name
         item.add_marker(pytest.mark.xdist_group(group))

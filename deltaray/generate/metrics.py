@@ -7,19 +7,13 @@ its statistics of every single token cost about 5 % where a model is tiny; these
 
 import time
 from collections import Counter
-from typing import Any, NamedTuple
+from typing import Any
+
+from deltaray.runtime.metrics import Metric, series
 
 PERIOD = 2.0  # seconds between two reports to Ray
 TAGS = ("model", "replica")
 BY_NAME = (*TAGS, "name")
-
-
-class Metric(NamedTuple):
-    """One exported series: a `gauge` is a state, a `counter` only grows (and is exported with the suffix `_total`)."""
-
-    kind: str
-    what: str
-    tags: tuple[str, ...] = TAGS
 
 
 METRICS = {
@@ -28,12 +22,12 @@ METRICS = {
     "deltaray_answers": Metric(
         "counter", "Finished answers by reason: stop, length, or error for a failed row.", (*BY_NAME, "reason")
     ),
-    "deltaray_requests_running": Metric("gauge", "Requests in the running batch."),
-    "deltaray_requests_waiting": Metric("gauge", "Requests that wait for room in the batch (queue depth)."),
-    "deltaray_kv_cache_usage": Metric("gauge", "Share of the KV cache in use, 0 to 1."),
-    "deltaray_prefix_cache_queries": Metric("counter", "Prompt tokens looked up in the prefix cache."),
-    "deltaray_prefix_cache_hits": Metric("counter", "Prompt tokens found in the prefix cache."),
-    "deltaray_preemptions": Metric("counter", "Requests that were put back because the KV cache was full."),
+    "deltaray_requests_running": Metric("gauge", "Requests in the running batch.", TAGS),
+    "deltaray_requests_waiting": Metric("gauge", "Requests that wait for room in the batch (queue depth).", TAGS),
+    "deltaray_kv_cache_usage": Metric("gauge", "Share of the KV cache in use, 0 to 1.", TAGS),
+    "deltaray_prefix_cache_queries": Metric("counter", "Prompt tokens looked up in the prefix cache.", TAGS),
+    "deltaray_prefix_cache_hits": Metric("counter", "Prompt tokens found in the prefix cache.", TAGS),
+    "deltaray_preemptions": Metric("counter", "Requests that were put back because the KV cache was full.", TAGS),
 }
 """Everything that is exported, by name; Ray puts `ray_` in front. Tags: `model` is what the engine was started with,
 `replica` the id of its Ray actor, `name` the teacher or the evaluated model."""
@@ -45,7 +39,7 @@ class EngineMetrics:
 
     def __init__(self, model: str) -> None:
         self.tags = _tags(model)
-        self.series = {name: _series(name) for name in METRICS} if self.tags else {}
+        self.series = {name: series(name, METRICS[name]) for name in METRICS} if self.tags else {}
         self.sums: Counter[tuple[str, str, str]] = Counter()  # by series, name and reason
         self.reported = 0.0
 
@@ -99,10 +93,3 @@ def _tags(model: str) -> dict[str, str]:
         return {}
     context = ray.get_runtime_context()
     return {"model": model, "replica": context.get_actor_id() or context.get_worker_id()}
-
-
-def _series(name: str) -> Any:
-    from ray.util import metrics
-
-    kind = metrics.Gauge if METRICS[name].kind == "gauge" else metrics.Counter
-    return kind(name, description=METRICS[name].what, tag_keys=METRICS[name].tags)

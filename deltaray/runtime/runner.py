@@ -12,6 +12,7 @@ from deltaray.recipe.study import Study
 from deltaray.runtime.demands import refuse_impossible
 from deltaray.runtime.failures import told_in
 from deltaray.runtime.memory import PeakMemory
+from deltaray.runtime.metrics import StudyMetrics
 from deltaray.runtime.session import Capacity, logs_of_ray, start_ray
 from deltaray.runtime.terminal import StageProgress, Terminal
 from deltaray.store import Store
@@ -26,6 +27,7 @@ class Runner:
         self.worked = self.bound = False
         self.named_log: Path | None = None
         self.records: list[dict[str, Any]] = []
+        self.metrics = StudyMetrics(study.recipe.name, study.recipe.cluster.gpu_hour_price)
 
     def ray(self) -> Capacity:
         """Starts or joins Ray, once; what the cluster has."""
@@ -64,8 +66,10 @@ class Runner:
         self.terminal.say(f"{stage}: {left:,} {unit} to do")
         self.ray()
         self._name_logs()
-        with PeakMemory() as memory, self.terminal.progress(stage, shown or unit) as progress:
+        self._spent(working=False)
+        with PeakMemory() as memory, self.terminal.progress(stage, shown or unit, self._heard) as progress:
             yield progress
+        self._spent()
         record = {
             "stage": stage,
             "started": started.isoformat(timespec="seconds"),
@@ -78,6 +82,13 @@ class Runner:
         self.records.append(record)
         self.keep_records()
         self.terminal.say(f"{stage}: {left:,} {unit} in {record['seconds']:,} s, peak {memory.gib:.1f} GiB")
+
+    def _heard(self, stage: str, item: str, done: int, total: int) -> None:
+        self.metrics.stage(stage, item, done, total)
+        self._spent()
+
+    def _spent(self, working: bool = True) -> None:
+        self.metrics.spent(self.capacity.gpus if self.capacity else 0, working)
 
     def _name_logs(self) -> None:
         if self.terminal.log != self.named_log:

@@ -8,7 +8,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,9 @@ PLAIN_INTERVAL = 5.0
 """Seconds between progress lines when stderr is no terminal."""
 
 PLAIN_WIDTH = 160
+
+Listener = Callable[[str, str, int, int], None]
+"""Told of all progress: (stage, item, done, total)."""
 
 
 class Terminal:
@@ -62,10 +65,10 @@ class Terminal:
                 os.close(copy)
 
     @contextmanager
-    def progress(self, stage: str, unit: str) -> Iterator["StageProgress"]:
+    def progress(self, stage: str, unit: str, listener: Listener | None = None) -> Iterator["StageProgress"]:
         """One live view of a stage; plain lines when stderr is no terminal."""
         live = _bars(self.err) if self.err.is_terminal else None
-        view = StageProgress(self, stage, unit, live)
+        view = StageProgress(self, stage, unit, live, listener)
         if live is None:
             yield view
             return
@@ -95,8 +98,10 @@ def _bars(console: Console) -> Progress:
 class StageProgress:
     """Counts of one stage, a line per item (a teacher, a student, …)."""
 
-    def __init__(self, terminal: Terminal, stage: str, unit: str, live: Progress | None) -> None:
-        self.terminal, self.stage, self.unit, self.live = terminal, stage, unit, live
+    def __init__(
+        self, terminal: Terminal, stage: str, unit: str, live: Progress | None, listener: Listener | None
+    ) -> None:
+        self.terminal, self.stage, self.unit, self.live, self.listener = terminal, stage, unit, live, listener
         self.tasks: dict[str, TaskID] = {}
         self.items: dict[str, Item] = {}
 
@@ -104,6 +109,8 @@ class StageProgress:
         """`done` of `total` units of `name` are finished; `tokens` so far (0: not counted)."""
         item = self.items.setdefault(name, Item())
         item.advance(done, total, tokens, note)
+        if self.listener is not None:
+            self.listener(self.stage, name, done, total)
         if self.live is not None:
             if name not in self.tasks:
                 self.tasks[name] = self.live.add_task(f"{self.stage} {name}", total=total, note="")

@@ -23,6 +23,7 @@ class Reporter:
     def __init__(self, store: Store, progress: Any, run: str, total: int, counts: dict[str, int]) -> None:
         self.store, self.progress, self.run, self.total, self.counts = store, progress, run, total, counts
         self.lines: list[Metrics] = []
+        self.untold: list[str] = []  # signatures since the last message
         self.sent = 0.0
         self.first = dist.get_rank() == 0
 
@@ -35,11 +36,13 @@ class Reporter:
         line = {key: metrics[key] for key in (*METRICS, *MORE_METRICS) if key in metrics}
         if signatures:
             line["signatures"] = [item.name for item in signatures]
+            self.untold += line["signatures"]
         self.lines.append(line)
         for item in signatures:
             self.say(f"step {item.step}: {item.name}: {item.message}")
         if len(self.lines) == self.total or time.monotonic() - self.sent >= REPORT_INTERVAL:
-            self._send(len(self.lines), metrics)
+            self._send(len(self.lines), metrics | {"signatures": self.untold})
+            self.untold = []
 
     def say(self, text: str) -> None:
         """A message for the user."""
