@@ -115,6 +115,7 @@ def main() -> None:
         return FakeSpec(
             behaviour,
             cpus=engine.cpus,
+            gpus=capacity.gpus_of(engine),
             min_replicas=engine.replicas,
             max_replicas=engine.max_replicas or engine.replicas,
         )
