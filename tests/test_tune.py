@@ -1,10 +1,12 @@
 """The exploration without a cluster: the space and its trials, refusals, room, the search's memory, results."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 from deltaray.errors import StageError, UserError
 from deltaray.recipe import Recipe, expand, load_recipe, recipe_folder
@@ -16,7 +18,7 @@ from deltaray.tune.conclude import conclude, front, points_of
 from deltaray.tune.records import is_over, read_records, write_record
 from deltaray.tune.results import change_of, over_seeds
 from deltaray.tune.search import TpeSearch
-from deltaray.tune.shared import at_once, sharing_trials, study_of, trial_demand
+from deltaray.tune.shared import at_once, count_of, sharing_trials, study_of, trial_demand
 from deltaray.tune.space import drawn, grid, known_trials, trial_of
 from deltaray.tune.stage import Explorer
 
@@ -41,6 +43,19 @@ def recipe_of(exploration=None, **more):
 
 def problems(exploration, **more):
     return [f"{'.'.join(map(str, at))}: {text}" for at, text in check_recipe(recipe_of(exploration, **more))]
+
+
+def test_the_section_of_the_readme_is_an_exploration(tmp_path: Path) -> None:
+    block = re.search(r"```yaml\n(exploration:.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    names, file = ("larger", "smaller", "sft", "base"), "{path: p}"
+    assert block is not None
+    head = f"name: x\nout: {tmp_path}/out\nprompts: {file}\nstudent: {{model: m}}\ntraining: {{heldout: 0.1}}\n"
+    head += f"teachers: {{{', '.join(f'{name}: {{model: m}}' for name in names)}}}\n"
+    head += "scorers: {judge: {kind: judge, by: {model: m}}}\n"
+    head += f"evaluation: {{tasks: {{jailbreaks: {file}}}, selection: {{held: {file}}}}}\n"
+    (tmp_path / "recipe.yaml").write_text(head + block[1])
+    recipe = load_recipe(tmp_path / "recipe.yaml")
+    assert known_trials(recipe) is None and count_of(expand(recipe)) == 40
 
 
 # --- the space --------------------------------------------------------------------------------------------------
