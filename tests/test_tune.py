@@ -19,7 +19,7 @@ from deltaray.tune.records import is_over, read_records, write_record
 from deltaray.tune.results import change_of, over_seeds
 from deltaray.tune.search import TpeSearch
 from deltaray.tune.shared import at_once, count_of, sharing_trials, study_of, trial_demand
-from deltaray.tune.space import drawn, grid, known_trials, trial_of
+from deltaray.tune.space import drawn, grid, holds, known_trials, trial_of
 from deltaray.tune.stage import Explorer
 
 CLUSTER = Capacity(8, 0)
@@ -97,6 +97,14 @@ def test_draws_are_different_and_more_of_them_only_add() -> None:
     assert all(1e-6 <= t.run.learning_rate <= 1e-3 for t in many)
     small = recipe_of({"search": "random", "samples": 50})
     assert len(known_trials(small)) == 6
+
+
+def test_a_space_holds_its_own_choices_and_no_others() -> None:
+    space = {"learning_rate": {"low": 1e-6, "high": 1e-3, "log": True}, "lora": [None, {"rank": 8}]}
+    recipe = recipe_of({"search": "random", "samples": 5, "space": space})
+    choice = drawn(recipe, 1)[0].choice
+    assert holds(recipe, choice) and not holds(recipe, choice | {"learning_rate": 1.0})
+    assert not holds(recipe, choice | {"pairing": "a > z"}) and not holds(recipe, choice | {"beta": 5.0})
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,21 @@
 """`deltaray tune` for real on a preference data set: killed in the middle, resumed, with trials that cannot work."""
 
 import json
+import os
+import subprocess
+import sys
+from itertools import combinations
 from pathlib import Path
 
 import pytest
-from conftest import Finished, deltaray
+from conftest import ROOT, Finished, deltaray
+from fake_engine import Behaviour
 from tiny_model import save_tiny
 
+from deltaray.recipe import expand, load_recipe
 from deltaray.store import Store
 from deltaray.tune.records import read_records
+from deltaray.tune.shared import count_of, sharing_trials, study_of
 
 RECIPE = """\
 name: explored
@@ -84,3 +91,54 @@ def test_trials_have_room_and_the_best_is_one_path_away(explored) -> None:
     assert all(record["heldout_accuracy"]["mean"] is not None and record["delta"]["mean"] for record in kept)
     assert {record["delta"]["mean"] > 0 for record in kept} == {True, False}  # one order and the other
     assert list(Path(store.out).glob("tuning/ray/*/*/events.out.tfevents.*"))  # TensorBoard
+
+
+SWEEP = """\
+name: sweep
+out: {out}
+unit_size: 8
+prompts: {{path: {out}-prompts.jsonl}}
+teachers: {{{teachers}}}
+scorers: {{length: {{kind: surface, statistic: characters}}}}
+student: {{model: {model}}}
+training: {{heldout: 0.25}}
+pairings: {{{pairings}}}
+exploration:
+  space: {{pairings: [{names}], learning_rate: [1e-4, 1e-3]}}
+cluster: {{address: "{address}"}}
+"""
+
+
+def test_a_sweep_over_21_pairings_starts_each_teacher_once(ray_session, tmp_path: Path) -> None:
+    """By what the engines wrote down, in place of vLLM: every prompt reached every teacher once, in one engine."""
+    out, model, names = tmp_path / "out", save_tiny(tmp_path / "model"), [f"t{number}" for number in range(7)]
+    pairs = {f"{a}-{b}": f"{{chosen: {a}, rejected: {b}, scorer: length}}" for a, b in combinations(names, 2)}
+    Path(f"{out}-prompts.jsonl").write_text("".join(json.dumps({"prompt": f"{n}+1="}) + "\n" for n in range(16)))
+    recipe, marks = tmp_path / "recipe.yaml", tmp_path / "marks"
+    marks.mkdir()
+    recipe.write_text(
+        SWEEP.format(
+            out=out,
+            model=model,
+            teachers=", ".join(f"{name}: {{model: {model}}}" for name in names),
+            pairings=", ".join(f"{name}: {pair}" for name, pair in pairs.items()),
+            names=", ".join(pairs),
+            address=ray_session.get_runtime_context().gcs_address,
+        )
+    )
+    command = [sys.executable, str(ROOT / "tests" / "fake_engine.py"), "generate", str(recipe)]
+    environment = os.environ | Behaviour(marks=str(marks)).variable()
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    base = expand(load_recipe(recipe))
+    assert count_of(base) == 42 and len(study_of(base, sharing_trials(base)).pairings) == 21
+    units = [(path.stem, *it) for path in marks.glob("*.jsonl") for it in map(_unit, path.read_text().splitlines())]
+    asked = sorted((name, prompt) for _, name, prompts in units for prompt in prompts)
+    assert len(asked) == len(set(asked)) == 7 * 16
+    engines = {(process, name) for process, name, _ in units}
+    assert sorted(name for _, name in engines) == names
+
+
+def _unit(line: str) -> tuple[str, list[str]]:
+    found = json.loads(line)
+    return found["name"], found["prompt_ids"]

@@ -34,6 +34,8 @@ class Follower(Callback):  # type: ignore[misc]
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
+        if result.get("note"):
+            self.say(str(result["note"]))
         steps = f" {result['step']}/{result['steps']}" if result.get("steps") else ""
         self._show(trial, f"{result.get('phase', '')}{steps if result.get('phase') == 'train' else ''}")
 

@@ -190,12 +190,11 @@ def summary_of(points: Sequence[Point], found: dict[str, Any]) -> str:
 
 def _counted(points: Sequence[Point]) -> str:
     negative = sum(it.delta < 0 for it in points)
-    better = sum(it.gain_low > 0 for it in points)
-    worse = sum(it.gain_high < 0 for it in points)
-    return (
-        f"{len(points)} pairings, {negative} of them with a negative delta: {better} made the student better, "
-        f"{worse} made it worse, and of {len(points) - better - worse} the interval holds no difference."
-    )
+    better, worse = sum(it.gain_low > 0 for it in points), sum(it.gain_high < 0 for it in points)
+    counts = {"made the student better": better, "made it worse": worse}
+    said = [f"{number or 'none'} {what}" for what, number in counts.items()]
+    said += [f"{rest} did neither beyond doubt"] if (rest := len(points) - better - worse) else []
+    return f"{len(points)} pairings, {negative or 'none'} of them with a negative delta: {', '.join(said)}."
 
 
 def _of_curve(points: Sequence[Point], found: dict[str, Any]) -> list[str]:

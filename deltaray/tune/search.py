@@ -36,19 +36,20 @@ class TpeSearch(Searcher):  # type: ignore[misc]
     """Suggests choices; a trial that is known already is told to the estimator and not made again."""
 
     def __init__(self, recipe: Recipe, records: dict[str, Record]) -> None:
+        """`records`: of earlier trials of this very space."""
         self.recipe, self.records, self.objectives = recipe, records, objectives_of(recipe)
         super().__init__(metric=self.objectives[0], mode="max")
         self.space = distributions(recipe)
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        done = [record for record in records.values() if self._values(record.get("objectives")) is not None]
-        # a search that went on draws other numbers than one that starts
+        # a search that goes on draws other numbers than one that starts
         sampler = optuna.samplers.TPESampler(seed=explored(recipe).seed + len(records))
         self.study = optuna.create_study(directions=["maximize"] * len(self.objectives), sampler=sampler)
-        for record in done:
-            self._add(record["choice"], record["objectives"])
         for record in records.values():
+            parameters, values = self._parameters(record["choice"]), self._values(record.get("objectives"))
             if record["state"] == "running":  # killed with its command: first of all
-                self.study.enqueue_trial(self._parameters(record["choice"]))
+                self.study.enqueue_trial(parameters)
+            elif values is not None:
+                self.study.add_trial(create_trial(params=parameters, distributions=self.space, values=values))
         self.asked: dict[str, optuna.trial.Trial] = {}
         self.names = set(records) - {name for name, record in records.items() if record["state"] == "running"}
 
@@ -76,11 +77,6 @@ class TpeSearch(Searcher):  # type: ignore[misc]
             self.study.tell(asked, state=TrialState.FAIL)
         else:
             self.study.tell(asked, values)
-
-    def _add(self, choice: Choice, objectives: dict[str, float]) -> None:
-        values, parameters = self._values(objectives), self._parameters(choice)
-        if all(self.space[name]._contains(self.space[name].to_internal_repr(it)) for name, it in parameters.items()):
-            self.study.add_trial(create_trial(params=parameters, distributions=self.space, values=values))
 
     def _values(self, found: dict[str, Any] | None) -> list[float] | None:
         values = [(found or {}).get(name) for name in self.objectives]

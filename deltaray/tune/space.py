@@ -80,6 +80,15 @@ def known_trials(recipe: Recipe) -> list[Trial] | None:
     return grid(recipe) if exploration.search == "grid" else drawn(recipe, exploration.samples or 1)
 
 
+def holds(recipe: Recipe, choice: Choice) -> bool:
+    """Whether a choice, of an earlier command perhaps, is one of the space as it is now."""
+    space = axes(recipe)
+    return space.keys() == choice.keys() and all(
+        values.low <= choice[name] <= values.high if isinstance(values, Range) else choice[name] in values
+        for name, values in space.items()
+    )
+
+
 def _different(recipe: Recipe, choices: Iterable[Choice], most: int | None = None) -> list[Trial]:
     found: dict[str, Trial] = {}
     for choice in choices:

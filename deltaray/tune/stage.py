@@ -1,5 +1,6 @@
 """The exploration on the driver: Ray Tune over what is left of the trials, then what they have shown together."""
 
+import os
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from deltaray.runtime.threads import side_by_side
 from deltaray.store import Store
 from deltaray.tune.records import Record, is_over, read_records
 from deltaray.tune.shared import at_once, count_of, trial_demand
-from deltaray.tune.space import explored, known_trials, trial_of
+from deltaray.tune.space import explored, holds, known_trials, trial_of
 
 LOGS = "tuning/ray"
 """Ray Tune's own files, TensorBoard's among them: a folder for each command."""
@@ -30,10 +31,16 @@ class Explorer:
 
     def over(self, retry_failed: bool) -> dict[str, Record]:
         """The records of this exploration's trials that are done with; earlier spaces may have left others."""
-        known, seeds = known_trials(self.study.recipe), list(self.study.recipe.seeds)
-        found = read_records(self.store)
-        names = set(found) if known is None else {trial.name for trial in known}
-        return {name: it for name, it in found.items() if name in names and is_over(it, seeds, retry_failed)}
+        found, seeds = self._records(), list(self.study.recipe.seeds)
+        return {name: it for name, it in found.items() if is_over(it, seeds, retry_failed)}
+
+    def _records(self) -> dict[str, Record]:
+        recipe, found = self.study.recipe, read_records(self.store)
+        known = known_trials(recipe)
+        if known is None:
+            return {name: it for name, it in found.items() if holds(recipe, it["choice"])}
+        names = {trial.name for trial in known}
+        return {name: it for name, it in found.items() if name in names}
 
     def left(self) -> int:
         """How many trials are still to be made."""
@@ -70,6 +77,8 @@ class Explorer:
         from deltaray.tune.follow import Follower
         from deltaray.tune.trial import PairMaker, Sweep, run_trial
 
+        # most reports say where a trial is, and measure nothing
+        os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
         recipe, over = self.study.recipe, self.over(self.retry_failed)
         known = known_trials(recipe)
         choices = [trial.choice for trial in known or () if trial.name not in over]
@@ -102,9 +111,8 @@ class Explorer:
         if known_trials(recipe) is None:
             from deltaray.tune.search import TpeSearch
 
-            records = read_records(self.store)
             kept = self.over(self.retry_failed)
-            begun = {name: it for name, it in records.items() if it["state"] == "running"}
+            begun = {name: it for name, it in self._records().items() if it["state"] == "running"}
             search = TpeSearch(recipe, kept | begun)
 
         def name(trial: Any) -> str:

@@ -85,7 +85,7 @@ def _work(sweep: Sweep, trial: Trial, clock: "Clock") -> dict[str, Any]:
         ray.get(sweep.pairs.make.remote(sweep.base, store, trial))
     with clock.phase("train"):
         tell.phase("train")
-        train(study, store, list(study.runs.values()), tell.progress, lambda _: None)
+        train(study, store, list(study.runs.values()), tell.progress, tell.note)
     if study.recipe.evaluation is not None:
         with clock.phase("evaluate"):
             tell.phase("evaluate")
@@ -133,6 +133,10 @@ class Teller:
 
     def phase(self, name: str) -> None:
         tune.report({"phase": name, "pid": os.getpid()})
+
+    def note(self, text: str) -> None:
+        """What the training has to say: a resumption, a sign of failure."""
+        tune.report({"phase": "train", "note": text})
 
     def progress(self, run: str, step: int, total: int, metrics: dict[str, Any]) -> None:
         measured = {
