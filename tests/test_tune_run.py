@@ -28,7 +28,7 @@ training:
 exploration:
   space: {{min_delta: [null, 1000]}} # in both orders; no answer is so much longer than the other
   pairing: {{scorer: length}}
-  run: {{batch_size: 4, learning_rate: 1e-3, epochs: 2}}
+  run: {{loss: simpo, batch_size: 4, learning_rate: 1e-3, epochs: 2}} # no references to make
   trials_at_once: 4
 cluster: {{address: "{address}"}}
 """
