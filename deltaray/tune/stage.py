@@ -92,7 +92,7 @@ class Explorer:
             tune_config=self._config(capacity),
             run_config=tune.RunConfig(
                 name=f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:4]}",
-                storage_path=f"{self.store.out}/{LOGS}",
+                storage_path=self.store.address(LOGS),
                 failure_config=tune.FailureConfig(max_failures=explored(recipe).max_failures),
                 callbacks=[Follower(recipe, self.store, progress, say, self.left()), *_loggers(recipe)],
                 verbose=0,
