@@ -172,6 +172,27 @@ _stage_command("evaluate", "Benchmarks of the students and the teachers.")
 
 
 @app.command()
+def tune(
+    context: typer.Context,
+    recipe: RecipePath,
+    overrides: Overrides = [],  # noqa: B006
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Also tries the trials again that failed in earlier runs.")
+    ] = False,
+) -> None:
+    """The exploration: trials over pairings, deltas and training settings, and the delta landscape."""
+    from deltaray.tune.table import best_line, trial_table
+
+    pipeline = _pipeline(context, recipe, overrides, retry_failed)
+    evaluated = ["evaluate"] if pipeline.recipe.evaluation else []
+    pipeline.run(["generate", *evaluated, "tune", "report"])
+    context.obj.out.print(trial_table(pipeline.store))
+    context.obj.result(pipeline.store.read_json("tuning/landscape.json")["summary"])
+    context.obj.result(best_line(pipeline.store))
+    context.obj.result(f"report: {pipeline.store.out}/report.html")
+
+
+@app.command()
 def plan(
     context: typer.Context,
     recipe: RecipePath,

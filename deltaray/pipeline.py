@@ -25,9 +25,10 @@ from deltaray.runtime.session import Capacity, declared_capacity, joins_cluster,
 from deltaray.runtime.terminal import StageProgress, Terminal
 from deltaray.store import Store
 
-STAGES = ("generate", "score", "pair", "train", "merge", "evaluate", "report")
+STAGES = ("generate", "score", "pair", "train", "merge", "evaluate", "tune", "report")
 SECTIONS = {
     "score": "scorers", "pair": "pairings", "train": "training", "merge": "merging", "evaluate": "evaluation",
+    "tune": "exploration",
 }  # fmt: skip
 """Stages that need a section of the recipe."""
 
@@ -328,6 +329,40 @@ class Pipeline:
             self.runner.worked = True
             conclude(self.study, self.store)
             self.terminal.say("evaluate: no answers to make; the summary is written anew")
+
+    def _tune(self) -> None:
+        """What all trials share, once; then the trials."""
+        from deltaray.tune.conclude import conclude
+        from deltaray.tune.records import read_records
+        from deltaray.tune.stage import Explorer
+
+        explorer = Explorer(self.study, self.store, self.retry_failed)
+        left = explorer.left()
+        if left:
+            self._share()
+            with self.runner.stage("tune", "trials", left) as progress:
+                explorer.run(self.runner.ray(), progress, partial(self.runner.say, "tune"))
+        else:
+            self.runner.nothing("tune", "every trial is over")
+        conclude(self.study, self.store, read_records(self.store))
+        explorer.refuse_if_all_failed()
+
+    def _share(self) -> None:
+        """Scores, pairs and references of all trials, as far as they are known beforehand."""
+        from deltaray.score.stage import needed_scores
+        from deltaray.tune.shared import sharing_trials, study_of
+        from deltaray.tune.space import known_trials
+
+        shared = Pipeline(self.recipe, self.terminal, self.retry_failed)
+        shared.study, shared.runner = study_of(self.study, sharing_trials(self.study)), self.runner
+        shared._demand_responses()
+        shared._complete_scores(needed_scores(shared.study))
+        if known_trials(self.recipe) is not None:
+            try:
+                shared._pair()
+            except UserError as error:  # of some trials: they fail with it, the others need not
+                self.runner.say("pair", str(error))
+        shared._reference(list(shared.study.runs.values()))
 
     def _answer_tasks(self, stage: str, works: list[Work]) -> None:
         from deltaray.evaluate.stage import answer_tasks

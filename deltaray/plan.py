@@ -42,6 +42,7 @@ def make_plan(study: Study, store: Store, prompts: int | None, capacity: Capacit
     items += [_training_item(study, store, run, capacity) for run in study.runs.values()]
     items += [_merging_item(store, merge) for merge in study.merges.values()]
     items += evaluation_items(study, store, capacity)
+    items += _exploration_items(study, store, capacity)
     report = int(store.exists("report.html"))
     return [*items, Item("report", "report.html", "file", 1, report, "driver")]
 
@@ -140,6 +141,19 @@ def evaluation_items(study: Study, store: Store, capacity: Capacity) -> list[Ite
         done = sum(rows_done(store, Store.evaluation_responses(name, task)) for task in tasks)
         items.append(Item("evaluate", name, "answers", total, done, _place(model, capacity)))
     return items
+
+
+def _exploration_items(study: Study, store: Store, capacity: Capacity) -> list[Item]:
+    if study.recipe.exploration is None:
+        return []
+    from deltaray.tune.shared import count_of
+    from deltaray.tune.stage import Explorer
+
+    explorer = Explorer(study, store)
+    done, search = len(explorer.over(retry_failed=False)), study.recipe.exploration.search
+    seeds = f", {len(study.recipe.seeds)} seeds each" if len(study.recipe.seeds) > 1 else ""
+    where = f"{search}{seeds}, {explorer.room(capacity)}"
+    return [Item("tune", "exploration", "trials", count_of(study), done, where)]
 
 
 def _task_rows(store: Store, task: str, samples: int) -> int | None:

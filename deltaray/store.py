@@ -87,6 +87,9 @@ class Store(Files):
     def training(name: str) -> str:
         return f"training/{name}"
 
+    trials = "tuning/trials"
+    """What is known of each trial of the exploration."""
+
     @staticmethod
     def evaluation(name: str) -> str:
         return f"evaluation/{name}.json"

@@ -23,7 +23,7 @@ COMMANDS = [
     if line.strip()
 ]
 RECIPE = re.search(r"```yaml\n(# study.yaml\n.*?)```", README, re.DOTALL)
-STAGES = ("run", "generate", "score", "pair", "train", "evaluate")
+STAGES = ("run", "generate", "score", "pair", "train", "evaluate", "tune")
 
 
 def test_every_make_command_is_what_ci_runs() -> None:

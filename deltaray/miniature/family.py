@@ -105,8 +105,14 @@ SPECIALISTS = tuple(
     Specialist(f"mini-{name}", 64, 2, 256, forget=0.92, steps=500, practised=area, forget_practised=0.5)
     for name, area in AREAS.items()
 )
+TOP = ModelSpec("mini-xl", hidden=64, layers=2, intermediate=384, forget=0.42, steps=500)
+"""A fifth teacher, as careful as the student and smaller: with it the ladder's deltas reach further."""
 FAMILY = (*LADDER, STUDENT)
-FAMILIES: Mapping[str, tuple[ModelSpec, ...]] = {"ladder": FAMILY, "specialists": (LADDER[0], *SPECIALISTS, STUDENT)}
+FAMILIES: Mapping[str, tuple[ModelSpec, ...]] = {
+    "ladder": FAMILY,
+    "specialists": (LADDER[0], *SPECIALISTS, STUDENT),
+    "landscape": (*LADDER, TOP, STUDENT),
+}
 """By the name in a recipe. Members of two families are one model."""
 TRAINING = Training()
 SPLIT_SIZES = SplitSizes()

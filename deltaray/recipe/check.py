@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator, Mapping
 
+from deltaray.recipe.check_exploration import check_exploration
 from deltaray.recipe.check_extensions import check_extensions
 from deltaray.recipe.check_merging import check_after, check_merging
 from deltaray.recipe.check_pairing import Problem, check_pairing, unknown
@@ -29,6 +30,7 @@ def check_recipe(recipe: Recipe) -> Iterator[Problem]:
     yield from _check_training(recipe)
     yield from check_merging(recipe)
     yield from _check_evaluation(recipe)
+    yield from check_exploration(recipe)
 
 
 def _check_names(recipe: Recipe) -> Iterator[Problem]:
@@ -85,14 +87,8 @@ def _check_sections(recipe: Recipe) -> Iterator[Problem]:
             yield ("preferences", side), f"a teacher is called {name!r} already; choose another name"
 
 
-def _answering(recipe: Recipe) -> list[str]:
-    """Everybody who has responses in a study."""
-    given = recipe.preferences
-    return [*recipe.teachers, *([given.chosen, given.rejected] if given else [])]
-
-
 def _check_scorers(recipe: Recipe) -> Iterator[Problem]:
-    known = _answering(recipe)
+    known = recipe.answering
     for name, scorer in recipe.scorers.items():
         at = ("scorers", name)
         if isinstance(scorer, Size):
@@ -117,7 +113,7 @@ def _check_pairings(recipe: Recipe) -> Iterator[Problem]:
         yield ("pairings",), "lengths are counted in the student's tokens: add a `student:` section"
     for name, pairing in recipe.pairings.items():
         at = ("pairings", name)
-        yield from ((at + where, text) for where, text in check_pairing(pairing, _answering(recipe), recipe.scorers))
+        yield from ((at + where, text) for where, text in check_pairing(pairing, recipe.answering, recipe.scorers))
 
 
 def _check_training(recipe: Recipe) -> Iterator[Problem]:
@@ -127,6 +123,8 @@ def _check_training(recipe: Recipe) -> Iterator[Problem]:
         yield ("training",), "there is nothing to train: add a `student:` section"
     if recipe.training.offload_folder is not None and recipe.training.zero_stage != 3:
         yield ("training", "offload_folder"), "needs `zero_stage: 3`; stages 0 to 2 offload to memory only"
+    if not recipe.training.runs and recipe.exploration is None:
+        yield ("training", "runs"), "is missing; name at least one run, or add an `exploration:` section"
     for name, run in recipe.training.runs.items():
         at = ("training", "runs", name)
         for number, pairing in enumerate(run.pairings):

@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import Field, field_validator
 
 from deltaray.recipe.deltas import Pairing
+from deltaray.recipe.exploration import Exploration
 from deltaray.recipe.extensions import Extensions
 from deltaray.recipe.merging import Merging
 from deltaray.recipe.models import Sampling, Section, Student, Teacher
@@ -54,8 +55,9 @@ class Miniature(Section):
     """Makes the toy family of models, its prompts and its evaluation before anything else (once; then cached)."""
 
     directory: str = "runs/miniature-family"
-    family: Literal["ladder", "specialists"] = "ladder"
-    """`ladder`: teachers of growing size and care; `specialists`: each careful in another part of the task."""
+    family: Literal["ladder", "specialists", "landscape"] = "ladder"
+    """`ladder`: teachers of growing size and care; `specialists`: each careful in another part of the task;
+    `landscape`: the ladder with a fifth teacher."""
 
 
 class Failures(Section):
@@ -100,6 +102,7 @@ class Recipe(Section):
     training: Training | None = None
     merging: Merging | None = None
     evaluation: Evaluation | None = None
+    exploration: Exploration | None = None
     miniature: Miniature | None = None
     cluster: Cluster = Cluster()
 
@@ -109,3 +112,9 @@ class Recipe(Section):
         if len(set(value)) < len(value):
             raise ValueError("every seed once")
         return value
+
+    @property
+    def answering(self) -> list[str]:
+        """Everybody whose responses can be paired: the teachers, and the sides of a preference data set."""
+        given = self.preferences
+        return [*self.teachers, *([given.chosen, given.rejected] if given else [])]

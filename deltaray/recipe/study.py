@@ -94,11 +94,17 @@ class Study:
         competes = run is not None and (run.candidate_of is not None or model in self.deltas())
         return list(evaluation.selection) if evaluation and competes else []
 
+    def explored_teachers(self) -> set[str]:
+        """Teachers that some trial of the exploration uses, at any seed."""
+        wanted = explored_names(self.recipe)
+        return {name for name in self.teachers if name in wanted or base_name(name) in wanted}
+
     def paired_teachers(self) -> list[str]:
-        """Teachers that some pairing uses, in the order of the recipe."""
+        """Teachers that some pairing or trial uses, in the order of the recipe."""
         used = {name for pairing in self.pairings.values() for name in pairing.names}
+        used |= self.explored_teachers()
         used |= {it.against for it in self.scorers.values() if isinstance(it, Judge) and it.against}
-        return [name for name in self.teachers if name in used or not self.pairings]
+        return [name for name in self.teachers if name in used or not (self.pairings or self.recipe.exploration)]
 
     def answering(self) -> list[str]:
         """Everybody whose responses are scored and paired: those teachers, and the sides of a preference data set."""
@@ -162,6 +168,16 @@ def _merges(recipe: Recipe, names: "_Names") -> list[AdapterMerge]:
         merge = AdapterMerge(names.run(name), names.student(), deltas, count, settings.method or method, settings)
         found.append(merge)
     return found
+
+
+def explored_names(recipe: Recipe) -> set[str]:
+    """The teachers of the exploration's pairings, by their names in the recipe."""
+    exploration = recipe.exploration
+    if exploration is None:
+        return set()
+    if exploration.space.pairings == "ordered":
+        return set(exploration.space.teachers or recipe.answering)
+    return {name for pairing in exploration.space.pairings for name in recipe.pairings[pairing].names}
 
 
 def base_name(name: str) -> str:
@@ -258,9 +274,9 @@ def _evaluated(recipe: Recipe, names: _Names, seed: int) -> list[EvaluatedModel]
             models.append(EvaluatedModel(names.run(base), base, seed, "student"))
     for name in recipe.merging.names() if recipe.merging else []:
         models.append(EvaluatedModel(names.run(name), name, seed, "student"))
-    paired = {name for pairing in recipe.pairings.values() for name in pairing.names}
+    paired = {name for pairing in recipe.pairings.values() for name in pairing.names} | explored_names(recipe)
     if recipe.evaluation and recipe.evaluation.teachers:
         for name in recipe.teachers:
-            if name in paired or not recipe.pairings:
+            if name in paired or not (recipe.pairings or recipe.exploration):
                 models.append(EvaluatedModel(names.teacher(name), name, seed, "teacher"))
     return models

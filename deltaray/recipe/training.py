@@ -111,7 +111,8 @@ class Generation(Section):
 
 
 class Training(Section):
-    runs: dict[str, Run]
+    runs: dict[str, Run] = {}
+    """None where an `exploration` alone says what is trained."""
     workers: int = Field(1, ge=1)
     """Data-parallel workers (processes), each with `gpus_per_worker` GPUs."""
     groups: int = Field(1, ge=1)

@@ -15,7 +15,7 @@ from plotly.offline import get_plotlyjs
 from deltaray.storage.files import Files
 from deltaray.store import Store
 
-from . import aggregation, charts, deltas, merging, series, tables
+from . import aggregation, charts, deltas, landscape, merging, series, tables
 from .model import Pairing, Study
 from .read import read_study
 from .remote import local_copy
@@ -45,7 +45,7 @@ def write_report(store: Store) -> str:
 
 def render(study: Study) -> str:
     """The page's HTML."""
-    scripts = [get_plotlyjs(), *(_static(name) for name in ("charts.js", "pairs.js"))]
+    scripts = [get_plotlyjs(), *(_static(name) for name in ("charts.js", "pairs.js", "sort.js"))]
     figures = _figures(study)
     merge_figures = [merging.merge_charts(merge, position) for position, merge in enumerate(study.merges)]
     figures["merging"] = [figure for group in merge_figures for figure in group]
@@ -55,6 +55,7 @@ def render(study: Study) -> str:
         merge_figures=merge_figures,
         tables=tables,
         deltas=deltas,
+        landscape=landscape,
         aggregation=aggregation,
         summary=summarize(study),
         palette=_palette(study),
@@ -134,12 +135,18 @@ def _figures(study: Study) -> dict[str, list[charts.Chart]]:
             for position, pairing in enumerate(study.pairings)
             if pairing.delta and pairing.delta["scored"]
         ],
+        "exploration": _landscape(study),
         "lengths": [
             series.length_chart(pairing, position)
             for position, pairing in enumerate(study.pairings)
             if pairing.chosen_lengths.size or pairing.rejected_lengths.size
         ],
     }
+
+
+def _landscape(study: Study) -> list[charts.Chart]:
+    found = study.exploration.landscape if study.exploration else None
+    return [landscape.landscape_chart(found)] if found and found["points"] else []
 
 
 def _pair_payload(pairing: Pairing) -> dict[str, Any]:

@@ -9,10 +9,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from .landscape import Exploration
 
 Tokens = npt.NDArray[np.int64]
 
@@ -195,3 +198,4 @@ class Study:
     stages: tuple[Stage, ...]
     notes: tuple[str, ...]
     merges: tuple[Merge, ...] = ()
+    exploration: Exploration | None = None

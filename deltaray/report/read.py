@@ -21,6 +21,7 @@ from ruamel.yaml.error import YAMLError
 
 from .aggregation import read_aggregation
 from .deltas import read_delta
+from .landscape import Exploration, read_landscape, read_trial
 from .merging import read_merge
 from .model import Comparison, Evaluations, FunnelStep, Measure, Merge, Model, Pairing, Run, Stage, Study, number
 from .pairs import BUDGET, Sample, read_pairing
@@ -44,7 +45,8 @@ def read_study(out: Path, limit: int, seed: int = 0) -> Study:
     stages: tuple[Stage, ...] = _attempt(out / ".deltaray" / "stages.jsonl", _stages, (), notes)
     name = _study_name(recipe) or out.resolve().name
     merges = tuple(_merges(out / "adapters", notes))
-    return Study(out, name, recipe, evaluations, runs, pairings, stages, tuple(notes), merges)
+    exploration = _exploration(out / "tuning", notes)
+    return Study(out, name, recipe, evaluations, runs, pairings, stages, tuple(notes), merges, exploration)
 
 
 def _pairing(out: Path, folder: Path, sample: Sample, notes: list[str]) -> Pairing:
@@ -135,6 +137,13 @@ def _merges(folder: Path, notes: list[str]) -> Iterator[Merge]:
         merge = _attempt(path, read_merge, None, notes)
         if merge is not None:
             yield merge
+
+
+def _exploration(folder: Path, notes: list[str]) -> Exploration | None:
+    """The trials so far; None where nothing has been explored."""
+    trials = [_attempt(path, read_trial, None, notes) for path in sorted((folder / "trials").glob("*.json"))]
+    found = _attempt(folder / "landscape.json", read_landscape, None, notes)
+    return Exploration(tuple(trial for trial in trials if trial), found) if any(trials) else None
 
 
 def _measure(value: object) -> Measure:

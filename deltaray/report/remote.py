@@ -31,7 +31,8 @@ def _wanted(store: Store) -> list[str]:
     removed = store.listing(".deltaray/removed")
     training = store.listing("training", "/metrics.jsonl")
     merges = store.listing("adapters", "/merge.json")
-    return [*single, *pairs, *removed, *training, *merges, *store.committed("evaluation", ".json")]
+    tuning = [*store.committed(Store.trials, ".json"), *store.committed("tuning", "landscape.json")]
+    return [*single, *pairs, *removed, *training, *merges, *tuning, *store.committed("evaluation", ".json")]
 
 
 def _fetch(store: Store, folder: Path, path: str) -> None:

@@ -7,7 +7,7 @@ from deltaray.errors import UserError
 from deltaray.recipe.models import Engine
 from deltaray.recipe.scorers import Judge, RewardModel
 from deltaray.recipe.study import Study, base_name
-from deltaray.runtime.session import STREAM_CPUS, Capacity
+from deltaray.runtime.session import STREAM_CPUS, TRIAL_CPUS, Capacity
 
 ANY = "*"
 """The accelerator of a group of which only the totals are known."""
@@ -71,7 +71,7 @@ def largest(groups: list[NodeGroup]) -> Capacity:
 def demands(study: Study, capacity: Capacity) -> list[Demand]:
     """What each part of the study needs at least, in the order of the stages."""
     return [*_generating(study, capacity), *_scoring(study, capacity), *_training(study, capacity),
-            *_evaluating(study, capacity)]  # fmt: skip
+            *_exploring(study, capacity), *_evaluating(study, capacity)]  # fmt: skip
 
 
 def _generating(study: Study, capacity: Capacity) -> Iterator[Demand]:
@@ -102,6 +102,16 @@ def _training(study: Study, capacity: Capacity) -> Iterator[Demand]:
         each, count = Bundle(1, training.cpus_per_worker, gpus, training.accelerator), training.workers
         most = count * training.groups
         yield Demand("train", "training.workers", f"{count} training workers", (each,), count, most, beside=0)
+
+
+def _exploring(study: Study, capacity: Capacity) -> Iterator[Demand]:
+    """Trials side by side: each is a group of workers, and the few tasks of the process that leads it."""
+    training, exploration = study.recipe.training, study.recipe.exploration
+    if training is not None and exploration is not None:
+        gpus = capacity.gpus_per_worker(training.gpus_per_worker)
+        each = Bundle(training.workers, training.cpus_per_worker, gpus, training.accelerator)
+        what = f"a trial of {training.workers} workers"
+        yield Demand("tune", "training.workers", what, (each,), 1, exploration.trials_at_once, beside=TRIAL_CPUS)
 
 
 def _evaluating(study: Study, capacity: Capacity) -> Iterator[Demand]:

@@ -16,6 +16,8 @@ EMBEDDED_CPUS = 8
 START_ATTEMPTS = 3
 STREAM_CPUS = 1.0
 """Logical CPUs that the reading and writing tasks around an actor pool need."""
+TRIAL_CPUS = 0.25
+"""Logical CPUs of the process that leads a trial, for its own small tasks."""
 
 
 @dataclass(frozen=True)

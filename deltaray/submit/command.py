@@ -47,8 +47,8 @@ def asked_job(path: Path | None, verb: str, overrides: list[str], retry_failed: 
         raise UserError("submit: name a RECIPE, or --list or --stop ID")
     if verb not in VERBS:
         raise UserError(f"--verb {verb}: a job does one of {', '.join(VERBS)}")
-    if retry_failed and verb not in ("generate", "score"):
-        raise UserError("--retry-failed: it belongs to --verb generate or score")
+    if retry_failed and verb not in ("generate", "score", "tune"):
+        raise UserError("--retry-failed: it belongs to --verb generate, score or tune")
     return Job(verb, path, load_recipe(path, overrides), overrides, retry_failed, variables)
 
 

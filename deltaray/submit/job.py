@@ -17,7 +17,7 @@ from deltaray.errors import UserError
 from deltaray.recipe import Recipe
 from deltaray.submit.parcel import pack
 
-VERBS = ("run", "generate", "score", "pair", "train", "merge", "evaluate")
+VERBS = ("run", "generate", "score", "pair", "train", "merge", "evaluate", "tune")
 OVER = ("SUCCEEDED", "FAILED", "STOPPED")
 YOUNG_SECONDS = 120.0
 """For so long a head that has just started may answer but take no jobs."""

@@ -40,7 +40,8 @@ class Reporter:
         self.lines.append(line)
         for item in signatures:
             self.say(f"step {item.step}: {item.name}: {item.message}")
-        if len(self.lines) == self.total or time.monotonic() - self.sent >= REPORT_INTERVAL:
+        measured = "heldout_loss" in metrics  # the exploration decides by these
+        if measured or len(self.lines) == self.total or time.monotonic() - self.sent >= REPORT_INTERVAL:
             self._send(len(self.lines), metrics | {"signatures": self.untold})
             self.untold = []
 

@@ -1,0 +1,8 @@
+"""The exploration, as a Ray job.
+
+ray job submit --working-dir . -- python jobs/tune.py RECIPE [--set key=value …]
+"""
+
+from deltaray.submit.script import run_script
+
+run_script("tune")
