@@ -62,7 +62,7 @@ def compare_two(study: Study, store: Store, first: str, second: str) -> list[dic
             raise UserError(f"--compare: {name} is not evaluated yet; run the stages that make it")
     values = TaskValues(study, store, {name: store.read_json(Store.evaluation(name)) for name in names})
     sides = names_by_seed(study, first), names_by_seed(study, second)
-    return [_row(study, values, first, second, sides, task) for task in (*values.tasks, MEAN)]
+    return [_row(study, values, first, second, sides, task) for task in shared_tasks(values, sides)]
 
 
 def compare_all(study: Study, values: TaskValues, names: list[str], results: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -79,8 +79,15 @@ def compare_all(study: Study, values: TaskValues, names: list[str], results: Map
     for first, second in pairs:
         sides = names_by_seed(study, first), names_by_seed(study, second)
         if all(name in results for side in sides for name in side):
-            rows += [_row(study, values, first, second, sides, task) for task in (*values.tasks, MEAN)]
+            rows += [_row(study, values, first, second, sides, task) for task in shared_tasks(values, sides)]
     return rows
+
+
+def shared_tasks(values: TaskValues, sides: Iterable[Iterable[str]]) -> list[str]:
+    """The tasks that all of some models have done, and `mean` if these are all: a server does none of the harness's."""
+    names = [name for side in sides for name in side]
+    tasks = [task for task in values.tasks if all(task in values.results[name]["tasks"] for name in names)]
+    return [*tasks, MEAN] if tasks == values.tasks else tasks
 
 
 def _row(

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from deltaray.evaluate.compare import compare, compare_all, names_by_seed
+from deltaray.evaluate.compare import MEAN, compare, compare_all, names_by_seed, shared_tasks
 from deltaray.evaluate.local import task_result
 from deltaray.evaluate.samples import harness_result
 from deltaray.evaluate.statistics import mean_and_stderr
@@ -86,7 +86,7 @@ def _claim(study: Study, values: TaskValues, claim: str, results: dict[str, Any]
     match = CLAIM.fullmatch(claim)
     assert match is not None
     better, worse = (names_by_seed(study, base) for base in match.groups())
-    if not all(name in results for name in (*better, *worse)):
+    if not all(name in results for name in (*better, *worse)) or MEAN not in shared_tasks(values, (better, worse)):
         return None
     found = compare(study, values, better, worse)
     return {"better": match[1], "worse": match[2], "task": "mean", **found}

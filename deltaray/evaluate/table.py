@@ -21,7 +21,10 @@ def result_table(summary: dict[str, Any]) -> Table:
     ranked = sorted(summary["names"].items(), key=lambda entry: -entry[1]["mean"]["mean"])
     for name, entry in ranked:
         values = {**entry["tasks"], "mean": entry["mean"]}
-        cells = [_value(values[task], factors[task]) + marks.get((name, task), "") for task in columns]
+        cells = [
+            _value(values[task], factors[task]) + marks.get((name, task), "") if task in values else ""
+            for task in columns
+        ]
         table.add_row(name, entry["role"], *cells)
     return table
 
@@ -37,8 +40,8 @@ def _factors(summary: dict[str, Any]) -> dict[str, float]:
     """100 for the tasks whose values are shares, else 1."""
     factors = {}
     for task in (*summary["tasks"], "mean"):
-        means = [({**entry["tasks"], "mean": entry["mean"]})[task]["mean"] for entry in summary["names"].values()]
-        factors[task] = 100.0 if all(0 <= mean <= 1 for mean in means) else 1.0
+        entries = [{**entry["tasks"], "mean": entry["mean"]}.get(task) for entry in summary["names"].values()]
+        factors[task] = 100.0 if all(0 <= entry["mean"] <= 1 for entry in entries if entry) else 1.0
     return factors
 
 
