@@ -113,13 +113,16 @@ def run(context: typer.Context, recipe: RecipePath, overrides: Overrides = []) -
 def _conclude(terminal: Terminal, pipeline: Any) -> None:
     """The result table and where the report is."""
     from deltaray.aggregate.table import aggregation_table, order_lines
-    from deltaray.evaluate.table import claims_text, result_table
+    from deltaray.evaluate.results import evaluations
+    from deltaray.evaluate.table import answers_text, claims_text, result_table
 
     if pipeline.store.exists("evaluation/summary.json"):
         summary = pipeline.store.read_json("evaluation/summary.json")
         terminal.out.print(result_table(summary))
-        for line in claims_text(summary):
+        for line in (*claims_text(summary), *answers_text(evaluations(pipeline.study, pipeline.store))):
             terminal.result(line)
+        for name, why in summary["missing"].items():
+            terminal.result(f"not evaluated: {name}: {why}")
         if found := summary.get("aggregation"):
             terminal.out.print(aggregation_table(found, summary["tasks"]))
             for line in order_lines(found):
@@ -168,7 +171,29 @@ def score(
 
 _stage_command("pair", "Pair shards and the funnel.")
 _stage_command("train", "Reference log-probs and the students.")
-_stage_command("evaluate", "Benchmarks of the students and the teachers.")
+
+
+@app.command()
+def evaluate(
+    context: typer.Context,
+    recipe: RecipePath,
+    overrides: Overrides = [],  # noqa: B006
+    compare: Annotated[
+        tuple[str, str] | None,
+        typer.Option("--compare", metavar="A B", help="Also model A less model B by task."),
+    ] = None,
+) -> None:
+    """Benchmarks of the students and the teachers."""
+    from deltaray.evaluate.compare import check_names, compare_two
+    from deltaray.evaluate.table import comparison_table
+
+    pipeline = _pipeline(context, recipe, overrides)
+    if compare is not None:
+        check_names(pipeline.study, compare)
+    pipeline.run(["evaluate"])
+    _conclude(context.obj, pipeline)
+    if compare is not None:
+        context.obj.out.print(comparison_table(*compare, compare_two(pipeline.study, pipeline.store, *compare)))
 
 
 @app.command()
@@ -215,6 +240,7 @@ def plan(
     from deltaray.calibrate.run import calibrate as run_calibration
     from deltaray.calibrate.run import latest_prediction
     from deltaray.calibrate.table import calibration_json, calibration_table, prediction_lines
+    from deltaray.evaluate.suites import missing_in
     from deltaray.plan import plan_json
     from deltaray.runtime.cluster_file import fits, fits_json, fits_table, read_cluster_file, refuse_never
     from deltaray.runtime.demands import largest
@@ -239,6 +265,8 @@ def plan(
     context.obj.out.print(table)
     if pipeline.recipe.miniature and any(item.total is None for item in items[:1]):
         context.obj.result("the miniature family is made first (once, then cached)")
+    for name, why in missing_in(pipeline.study.recipe.evaluation).items():
+        context.obj.result(f"not evaluated: {name}: {why}")
     context.obj.result(f"cluster: {capacity.cpus:g} CPUs, {capacity.gpus:g} GPUs")
     if latest:
         context.obj.out.print(calibration_table(*latest))

@@ -104,16 +104,46 @@ PAIRS = pa.schema(
     ]
 )
 
-EVALUATIONS = pa.schema(
+REQUESTS = pa.schema(
+    [
+        pa.field("prompt_id", pa.string(), nullable=False),  # a digest of all the rest
+        pa.field("token_ids", pa.list_(pa.int32()), nullable=False),  # context, and what is scored behind it
+        pa.field("scored", pa.int32(), nullable=False),  # the last so many tokens get log-probs; 0: go on writing
+        pa.field("sampling", pa.string(), nullable=False),  # JSON in vLLM's words
+        pa.field("truncated", pa.bool_(), nullable=False),  # the context has lost its beginning
+    ]
+)
+"""What a task of lm-evaluation-harness asks one model."""
+
+REPLIES = pa.schema(
     [
         pa.field("prompt_id", pa.string(), nullable=False),
         pa.field("sample", pa.int32(), nullable=False),
         pa.field("text", pa.string(), nullable=False),
+        pa.field("logprob", pa.float64()),  # of the scored tokens, nats; null where the model wrote
+        pa.field("greedy", pa.bool_()),  # whether each of them is the most probable one
         pa.field("finish_reason", pa.string(), nullable=False),
-        pa.field("answer", pa.string()),
-        pa.field("score", pa.float64()),
+        pa.field("error", pa.string()),
     ]
 )
+"""What it replied."""
+
+SAMPLES = pa.schema(
+    [
+        pa.field("sample_id", pa.string(), nullable=False),  # `<task>#<doc_id>`, the same for every model
+        pa.field("task", pa.string(), nullable=False),  # of a group, the one that the document belongs to
+        pa.field("doc_id", pa.int64(), nullable=False),
+        pa.field("prompt", pa.string(), nullable=False),
+        pa.field("continuations", pa.list_(pa.string()), nullable=False),  # what was scored; empty for written answers
+        pa.field("logprobs", pa.list_(pa.float64()), nullable=False),  # of each of them
+        pa.field("answers", pa.list_(pa.string()), nullable=False),  # what was written
+        pa.field("filtered", pa.string()),  # JSON of what the headline metric's filter made of it
+        pa.field("target", pa.string(), nullable=False),
+        pa.field("metrics", pa.map_(pa.string(), pa.float64()), nullable=False),  # by `metric,filter`
+        pa.field("value", pa.float64(), nullable=False),  # the headline metric's
+    ]
+)
+"""The sample log of one (model, harness task)."""
 
 METRICS = (
     "step", "epoch", "loss", "learning_rate", "logps_chosen", "logps_rejected", "rewards_chosen",

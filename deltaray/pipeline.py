@@ -207,7 +207,9 @@ class Pipeline:
         self._demand_responses()
         sides = all_scores(self.study)
         if not self._complete_scores(sides) and is_compared(self.study, self.store):
-            return self.runner.nothing("score", f"{len(self.study.scorers)} scorers have scored all responses")
+            return self.runner.nothing(
+                "score", f"{len(self.study.response_scorers())} scorers have scored all responses"
+            )
         self.runner.worked = True
         self.runner.ray()
         compare_scores(self.study, self.store)
@@ -302,9 +304,7 @@ class Pipeline:
 
         demand_adapters(self.study, self.store)
         store_task_prompts(self.study, self.store)
-        works = selection_work(self.study, self.store)
-        if not all(work.finished for work in works):
-            self._answer_tasks("select", works)
+        self._answer_tasks("select", selection_work(self.study, self.store))
         scores = validation_scores(self.study, self.store)
         missing = missing_merges(self.study, self.store, scores)
         if not missing:
@@ -319,9 +319,9 @@ class Pipeline:
         from deltaray.evaluate.stage import conclude, evaluation_work, is_concluded, store_task_prompts
 
         store_task_prompts(self.study, self.store)
-        works = evaluation_work(self.study, self.store)
-        if not all(work.finished for work in works):
-            self._answer_tasks("evaluate", works)
+        answered = self._answer_tasks("evaluate", evaluation_work(self.study, self.store))
+        benchmarked = self._run_benchmarks()
+        if answered or benchmarked:
             conclude(self.study, self.store)
         elif is_concluded(self.study, self.store):
             self.runner.nothing("evaluate", f"{len(self.study.evaluated)} models are evaluated")
@@ -364,12 +364,33 @@ class Pipeline:
                 self.runner.say("pair", str(error))
         shared._reference(list(shared.study.runs.values()))
 
-    def _answer_tasks(self, stage: str, works: list[Work]) -> None:
-        from deltaray.evaluate.stage import answer_tasks
+    def _answer_tasks(self, stage: str, works: list[Work]) -> bool:
+        """Has tasks answered and scored; whether anything was missing."""
+        from deltaray.evaluate.stage import answer_tasks, unscored
 
+        if all(work.finished for work in works) and not unscored(self.study, self.store, works):
+            return False
         say = partial(self.runner.say, stage)
         with self.runner.stage(stage, "answers", sum(responses_in(work.units) for work in works)) as progress:
             answer_tasks(self.study, self.store, works, self.runner.ray(), progress.update, say)
+        return True
+
+    def _run_benchmarks(self) -> bool:
+        """The harness's tasks, for the best of every grid and all other models; whether any was missing."""
+        from deltaray.evaluate.harness import missing_benchmarks, run_benchmarks
+        from deltaray.evaluate.select import choose_candidates
+        from deltaray.evaluate.stage import models_for_harness
+
+        evaluation = self.study.recipe.evaluation
+        if evaluation is None or not evaluation.harness_tasks:
+            return False
+        choose_candidates(self.study, self.store)
+        units = missing_benchmarks(self.study, self.store, models_for_harness(self.study, self.store))
+        if units:
+            with self.runner.stage("evaluate", "benchmarks", len(units), shown="requests") as progress:
+                say = partial(self.runner.say, "evaluate")
+                run_benchmarks(self.store, units, self.runner.ray(), progress.update, say)
+        return bool(units)
 
     def _report(self) -> None:
         from deltaray.report import write_report

@@ -37,7 +37,7 @@ def make_plan(study: Study, store: Store, prompts: int | None, capacity: Capacit
     """
     items = extension_items(study, store, capacity)
     items += generation_items(study, store, prompts, capacity)
-    items += [_scoring_item(study, store, name, items) for name in study.scorers]
+    items += [_scoring_item(study, store, name, items) for name in study.response_scorers()]
     items += [_pairing_item(study, store, name) for name in study.pairings]
     items += [_training_item(study, store, run, capacity) for run in study.runs.values()]
     items += [_merging_item(store, merge) for merge in study.merges.values()]
@@ -139,7 +139,23 @@ def evaluation_items(study: Study, store: Store, capacity: Capacity) -> list[Ite
         assert model is not None
         total = None if any(sizes[task] is None for task in tasks) else sum(sizes[task] or 0 for task in tasks)
         done = sum(rows_done(store, Store.evaluation_responses(name, task)) for task in tasks)
-        items.append(Item("evaluate", name, "answers", total, done, _place(model, capacity)))
+        if tasks:
+            items.append(Item("evaluate", name, "answers", total, done, _place(model, capacity)))
+    return items + _benchmark_items(study, store, capacity)
+
+
+def _benchmark_items(study: Study, store: Store, capacity: Capacity) -> list[Item]:
+    """Tasks of lm-evaluation-harness by model; a model behind an endpoint does none."""
+    evaluation, student = study.recipe.evaluation, study.recipe.student
+    tasks = list(evaluation.harness_tasks) if evaluation else []
+    items = []
+    for name in study.evaluated if tasks else ():
+        model = study.teachers.get(name) or student
+        assert model is not None
+        if isinstance(model, Student) or model.endpoint is None:
+            done = sum(store.exists(f"{Store.samples(name, task)}.json") for task in tasks)
+            where = f"{', '.join(tasks)}; {_place(model, capacity)}"
+            items.append(Item("evaluate", name, "benchmarks", len(tasks), done, where))
     return items
 
 

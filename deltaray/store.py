@@ -102,6 +102,20 @@ class Store(Files):
     def evaluation_responses(model: str, task: str) -> str:
         return f"evaluation/responses/model={model}/task={task}"
 
+    @staticmethod
+    def evaluation_scores(model: str, task: str) -> str:
+        return f"evaluation/scores/model={model}/task={task}"
+
+    @staticmethod
+    def samples(model: str, task: str) -> str:
+        """The sample log of a harness task, without its suffix; the same with `.json` has the results."""
+        return f"evaluation/samples/{model}/{task}"
+
+    @staticmethod
+    def harness(model: str, task: str, identity: str) -> str:
+        """What a harness task asks and is answered, until its results are there."""
+        return f".deltaray/harness/model={model}/task={task}/{identity}"
+
     def made_from(self, pairing: str) -> str | None:
         """The digest of what a pairing's pairs were made from; None before they are complete."""
         record = f".deltaray/pairs/{pairing}.json"

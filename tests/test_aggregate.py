@@ -19,7 +19,8 @@ from deltaray.aggregate.ranking import merged_deltas, ranked, validation_scores
 from deltaray.aggregate.results import aggregation
 from deltaray.aggregate.stage import demand_adapters, make_merge, missing_merges
 from deltaray.aggregate.table import aggregation_table, order_lines
-from deltaray.contracts import EVALUATIONS
+from deltaray.contracts import RESPONSES
+from deltaray.contracts import SCORES as SCORES_SCHEMA
 from deltaray.errors import UserError
 from deltaray.evaluate.results import evaluation_of, summarise
 from deltaray.plan import make_plan
@@ -164,7 +165,7 @@ def test_a_merge_is_made_once_and_again_when_what_it_is_made_of_changes(study: S
     assert merge_missing(study, store, SCORES) == ["gam-2", "gam-3", "sparse-2", "sparse-3"]
     assert merge_missing(study, store, SCORES) == []
     answers = f"{Store.evaluation_responses('gam-3', 'held_out')}/part-00000.parquet"
-    store.write_table(answers, EVALUATIONS.empty_table(), EVALUATIONS)
+    store.write_table(answers, RESPONSES.empty_table(), RESPONSES)
     train_adapters(study, tmp_path, {"d-three": 4})  # only the merges of three hold it
     assert merge_missing(study, store, SCORES) == ["gam-3", "sparse-3"]
     assert not store.exists(answers)  # they were those of another adapter
@@ -227,19 +228,13 @@ def test_the_command_merges_from_a_recipe_whose_deltas_have_answered(tmp_path: P
 
 # --- the table ----------------------------------------------------------------------------------------------------
 def answer(store: Store, model: str, task: str, right: int, of: int = 100, prompt: str = "p") -> None:
-    rows = [
-        {
-            "prompt_id": f"{prompt}{number}",
-            "sample": 0,
-            "text": "",
-            "finish_reason": "stop",
-            "answer": "",
-            "score": score,
-        }
-        for number, score in enumerate([1.0] * right + [0.0] * (of - right))
-    ]
-    table = pa.Table.from_pylist(rows, schema=EVALUATIONS)
-    store.write_table(f"{Store.evaluation_responses(model, task)}/part-00000-0abc.parquet", table, EVALUATIONS)
+    key = [{"prompt_id": f"{prompt}{number}", "sample": 0} for number in range(of)]
+    said = {"teacher": model, "text": "", "prompt_token_ids": [], "token_ids": [], "tokens": 0, "finish_reason": "stop"}
+    answers = pa.Table.from_pylist([row | said for row in key], schema=RESPONSES)
+    scored = [row | {"score": float(number < right)} for number, row in enumerate(key)]
+    scores, file = pa.Table.from_pylist(scored, schema=SCORES_SCHEMA), "part-00000-0abc.parquet"
+    store.write_table(f"{Store.evaluation_responses(model, task)}/{file}", answers, RESPONSES)
+    store.write_table(f"{Store.evaluation_scores(model, task)}/{file}", scores, SCORES_SCHEMA)
 
 
 def evaluated(study: Study, right: dict[str, list[int]], validation: dict[str, list[int]]) -> tuple[Store, dict]:

@@ -1,5 +1,6 @@
 """The scoring stage on Ray: every response once by every scorer, judges and reward models among them."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from deltaray.runtime.session import Capacity
 from deltaray.score.compare import AGREEMENT, agreement_tables, compare_scores, is_compared, read_agreement
 from deltaray.score.judging import _judged_slices, forget_failed
 from deltaray.score.rewards import RewardWorker
-from deltaray.score.stage import all_scores, missing_scores, score
+from deltaray.score.stage import all_scores, missing_scores, response_scoring, score
 from deltaray.store import Store
 
 PROMPTS, SHARD = 24, 10
@@ -188,13 +189,8 @@ def test_the_company_in_a_batch_does_not_change_a_reward(scored: Any) -> None:
 
 def test_answers_about_other_words_do_not_count(scored: Any) -> None:
     store, study, *_ = scored
-    unit = {
-        "scorer": "judge",
-        "spec": study.scorers["judge"].model_dump(mode="json"),
-        "teacher": "weak",
-        "responses": store.committed(Store.responses("weak"))[0],
-        "destination": "unused.parquet",
-    }
+    responses = store.committed(Store.responses("weak"))[0]
+    unit = asdict(response_scoring(study, "judge", "weak")) | {"responses": responses, "destination": "unused.parquet"}
     before = [score.value for part in _judged_slices(store, unit) for _, score in part]
     changed = f"{Store.responses('changed')}/{unit['responses'].rpartition('/')[2]}"
     table = store.read_table(unit["responses"], schema=RESPONSES)

@@ -14,7 +14,6 @@ from deltaray.score.judge import parse_rating, parse_verdict, questions_of, scor
 from deltaray.score.registry import SCORERS, section_of
 from deltaray.score.response import Response, Score
 from deltaray.score.surface import STATISTICS
-from deltaray.score.verifiers import METRICS
 
 
 def score(kind: str, text: str, answer: str | None, **settings: object) -> float | None:
@@ -278,5 +277,5 @@ def test_ifeval_instructions_are_checked_by_their_library() -> None:
     ],
 )
 def test_metrics_read_the_final_answer(metric: str, text: str, answer: str | None, value: float | None) -> None:
-    found = METRICS[metric](text, answer)
+    found = score(metric, text, answer)
     assert found == (None if value is None else pytest.approx(value))

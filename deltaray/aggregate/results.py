@@ -3,7 +3,9 @@
 from typing import Any
 
 from deltaray.aggregate.ranking import ranked, validation_scores
-from deltaray.evaluate.results import compare, names_by_seed, over_seeds
+from deltaray.evaluate.compare import compare, names_by_seed
+from deltaray.evaluate.results import over_seeds
+from deltaray.evaluate.values import TaskValues
 from deltaray.recipe.study import Study
 from deltaray.store import Store
 
@@ -20,12 +22,12 @@ def aggregation(study: Study, store: Store, results: dict[str, Any]) -> dict[str
     if not {*study.deltas(), *study.merges} <= results.keys():
         return None
     scores = validation_scores(study, store)
-    best = [order[0] for order in _orders(study, scores)]
-    rows = [_row(study, store, results, name, kind, count, best) for name, kind, count in _models(study, results)]
+    best, values = [order[0] for order in _orders(study, scores)], TaskValues(study, store, results)
+    rows = [_row(study, values, name, kind, count, best) for name, kind, count in _models(study, results)]
     merging = study.recipe.merging
     assert merging is not None
     singles = [row for row in rows if row["kind"] == "single"]
-    chosen = {"name": "best single", "kind": "chosen", "deltas": 1} | _values(study, store, results, best, best)
+    chosen = {"name": "best single", "kind": "chosen", "deltas": 1} | _values(study, values, best, best)
     rows.insert(rows.index(singles[-1]) + 1, chosen)
     return {
         "deltas": list(merging.deltas),
@@ -56,18 +58,16 @@ def _models(study: Study, results: dict[str, Any]) -> list[tuple[str, str, int |
     ]
 
 
-def _row(
-    study: Study, store: Store, results: dict[str, Any], name: str, kind: str, count: int | None, best: list[str]
-) -> dict[str, Any]:
+def _row(study: Study, values: TaskValues, name: str, kind: str, count: int | None, best: list[str]) -> dict[str, Any]:
     models = names_by_seed(study, name)
-    return {"name": name, "kind": kind, "deltas": count} | _values(study, store, results, models, best)
+    return {"name": name, "kind": kind, "deltas": count} | _values(study, values, models, best)
 
 
-def _values(study: Study, store: Store, results: dict[str, Any], models: list[str], best: list[str]) -> dict[str, Any]:
+def _values(study: Study, values: TaskValues, models: list[str], best: list[str]) -> dict[str, Any]:
     """Means with errors, and the differences from the untouched student and the best single delta."""
     assert study.recipe.student is not None
     student = names_by_seed(study, study.recipe.student.name)
     against = {"over_student": student, "over_best": best}
-    differences = {key: compare(study, store, models, other, results) for key, other in against.items()}
-    found = over_seeds([results[name] for name in dict.fromkeys(models)])
+    differences = {key: compare(study, values, models, other) for key, other in against.items()}
+    found = over_seeds([values.results[name] for name in dict.fromkeys(models)])
     return found | {key: None if models == against[key] else value for key, value in differences.items()}

@@ -88,6 +88,6 @@ def _definition(merge: AdapterMerge, deltas: list[str], prints: Mapping[str, str
 
 def _forget_answers(store: Store, name: str) -> None:
     """Deletes what an earlier merge of this name has answered."""
-    folder = f"evaluation/responses/model={name}"
-    tasks = [f"{folder}/{task}" for task in store.folders(folder)]
+    answers = (f"evaluation/{kind}/model={name}" for kind in ("responses", "scores"))
+    tasks = [f"{folder}/{task}" for folder in answers for task in store.folders(folder)]
     store.delete([Store.evaluation(name), *(path for task in tasks for path in store.committed(task))])

@@ -1,58 +1,68 @@
-"""From stored evaluation responses to `evaluation/<name>.json` and `evaluation/summary.json`."""
+"""From stored scores to `evaluation/<name>.json` and `evaluation/summary.json`."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
-from deltaray.contracts import EVALUATIONS
-from deltaray.evaluate.statistics import Floats, difference_over_seeds, mean_and_stderr, paired_bootstrap
-from deltaray.recipe.check import CLAIM
-from deltaray.recipe.recipe import Task
+from deltaray.evaluate.compare import MEAN, compare, compare_all, names_by_seed, shared_tasks
+from deltaray.evaluate.local import task_result
+from deltaray.evaluate.samples import harness_result
+from deltaray.evaluate.statistics import mean_and_stderr
+from deltaray.evaluate.suites import missing_in
+from deltaray.evaluate.values import TaskValues
+from deltaray.recipe.check_evaluation import CLAIM
+from deltaray.recipe.evaluation import Task
 from deltaray.recipe.study import Study
 from deltaray.store import Store
 
 
-def scores_by_prompt(store: Store, model: str, task: str) -> dict[str, float]:
-    """Each prompt's score, the mean over its samples; prompts without an answer are left out."""
-    table = store.read_tables(Store.evaluation_responses(model, task), EVALUATIONS, ["prompt_id", "sample", "score"])
-    means = table.group_by("prompt_id").aggregate([("score", "mean")])
-    scores = zip(means["prompt_id"].to_pylist(), means["score_mean"].to_pylist(), strict=True)
-    return dict(sorted((prompt, score) for prompt, score in scores if score is not None))
+def evaluation_of(
+    store: Store, name: str, model: str, tasks: Mapping[str, Task], harness: Iterable[str] = ()
+) -> dict[str, Any]:
+    """The content of `evaluation/<name>.json`.
 
-
-def evaluation_of(store: Store, name: str, model: str, tasks: dict[str, Task]) -> dict[str, Any]:
-    """The content of `evaluation/<name>.json`; `model` is the name under which the responses are stored."""
-    results = {}
-    for task, spec in tasks.items():
-        scores = np.array(list(scores_by_prompt(store, model, task).values()))
-        value, stderr = mean_and_stderr(scores)
-        results[task] = {"metric": spec.metric, "value": value, "stderr": stderr, "n": len(scores)}
+    Args:
+        model: the name under which the answers to `tasks` are stored; those to the `harness` tasks are under `name`.
+    Raises:
+        StageError: a task has no value, because none of its answers has a score.
+    """
+    results = {task: task_result(store, model, task, spec) for task, spec in tasks.items()}
+    results |= {task: harness_result(store, name, task) for task in harness}
     mean = float(np.mean([result["value"] for result in results.values()]))
     return {"model": name, "tasks": results, "mean": mean}
 
 
+def evaluations(study: Study, store: Store) -> dict[str, Any]:
+    """What `evaluation_of` tells of each model that is evaluated, by name."""
+    names = [name for name in study.evaluated if store.exists(Store.evaluation(name))]
+    return {name: store.read_json(Store.evaluation(name)) for name in names}
+
+
 def summarise(study: Study, store: Store) -> dict[str, Any]:
-    """Mean and standard error per name over the seeds, and every claim with its interval.
+    """Mean and standard error per name over the seeds, every claim with its interval, and models against models.
 
     With one seed the standard errors are those over prompts and claims are decided by a paired bootstrap over
     prompts; with several both are over seeds.
     """
     evaluation = study.recipe.evaluation
     assert evaluation is not None
-    models = [model for model in study.evaluated.values() if store.exists(Store.evaluation(model.name))]
-    results = {model.name: store.read_json(Store.evaluation(model.name)) for model in models}
+    results = evaluations(study, store)
+    models = [model for model in study.evaluated.values() if model.name in results]
+    values = TaskValues(study, store, results)
     names: dict[str, Any] = {}
     for base in dict.fromkeys(model.base for model in models):
         group = [model for model in models if model.base == base]
         names[base] = {"role": group[0].role, **over_seeds([results[model.name] for model in group])}
-    claims = [_claim(study, store, claim, results) for claim in evaluation.claims]
+    claims = [_claim(study, values, claim, results) for claim in evaluation.claims]
     return {
-        "tasks": list(evaluation.tasks),
+        "tasks": values.tasks,
         "seeds": list(study.recipe.seeds),
         "names": names,
         "claims": list(evaluation.claims),
         "comparisons": [claim for claim in claims if claim],
+        "differences": compare_all(study, values, list(names), results),
+        "missing": missing_in(evaluation),
     }
 
 
@@ -63,7 +73,7 @@ def over_seeds(results: list[dict[str, Any]]) -> dict[str, Any]:
         single = [result["tasks"][task] for result in results]
         tasks[task] = _spread([item["value"] for item in single], single[0]["stderr"]) | {"n": single[0]["n"]}
     errors = [results[0]["tasks"][task]["stderr"] for task in results[0]["tasks"]]
-    # tasks share their prompts, so their errors are correlated: the mean of the errors bounds the error of the mean
+    # tasks that share their prompts have correlated errors: the mean of the errors bounds the error of the mean
     return {"tasks": tasks, "mean": _spread([result["mean"] for result in results], float(np.mean(errors)))}
 
 
@@ -72,47 +82,11 @@ def _spread(values: list[float], single_stderr: float) -> dict[str, Any]:
     return {"mean": mean, "stderr": stderr if len(values) > 1 else single_stderr, "values": values}
 
 
-def _claim(study: Study, store: Store, claim: str, results: dict[str, Any]) -> dict[str, Any] | None:
+def _claim(study: Study, values: TaskValues, claim: str, results: dict[str, Any]) -> dict[str, Any] | None:
     match = CLAIM.fullmatch(claim)
     assert match is not None
     better, worse = (names_by_seed(study, base) for base in match.groups())
-    if not all(name in results for name in (*better, *worse)):
+    if not all(name in results for name in (*better, *worse)) or MEAN not in shared_tasks(values, (better, worse)):
         return None
-    found = compare(study, store, better, worse, results)
+    found = compare(study, values, better, worse)
     return {"better": match[1], "worse": match[2], "task": "mean", **found}
-
-
-def compare(study: Study, store: Store, better: list[str], worse: list[str], results: dict[str, Any]) -> dict[str, Any]:
-    """The difference of two models on the mean of the tasks, with its interval.
-
-    Args:
-        better, worse: the two models' names, one for each seed of the study.
-        results: what `evaluation_of` tells of each.
-    """
-    if len(study.recipe.seeds) == 1:
-        left, right = _paired_scores(study, store, [*better, *worse], results)
-        difference, low, high = paired_bootstrap(left, right)
-        method = "paired bootstrap over prompts, 95 %"
-    else:
-        values = ([results[name]["mean"] for name in side] for side in (better, worse))
-        difference, low, high = difference_over_seeds(*map(np.array, values))
-        method = f"{len(study.recipe.seeds)} seeds, 2 standard errors"
-    return {"difference": difference, "low": low, "high": high, "holds": low > 0, "method": method}
-
-
-def names_by_seed(study: Study, base: str) -> list[str]:
-    """A model's name at each seed; one that does not depend on the seed serves all of them."""
-    group = {model.seed: model.name for model in study.evaluated.values() if model.base == base}
-    return [group.get(seed, next(iter(group.values()), base)) for seed in study.recipe.seeds]
-
-
-def _paired_scores(study: Study, store: Store, names: Iterable[str], results: dict[str, Any]) -> list[Floats]:
-    """Per model the mean over tasks of each prompt's score, [prompts], for the prompts that all of them answered."""
-    evaluation = study.recipe.evaluation
-    assert evaluation is not None
-    tables = [
-        [scores_by_prompt(store, results[name].get("selected", name), task) for task in evaluation.tasks]
-        for name in names
-    ]
-    prompts = sorted(set.intersection(*(set(scores) for tables_of in tables for scores in tables_of)))
-    return [np.array([np.mean([scores[item] for scores in of]) for item in prompts]) for of in tables]

@@ -3,6 +3,7 @@
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -11,15 +12,22 @@ from deltaray.recipe.study import Study
 from deltaray.store import Store
 
 
-def choose_candidates(study: Study, store: Store) -> None:
-    """For every grid whose candidates are all evaluated: commits the winner's student, metrics and evaluation."""
-    for name in study.evaluated:
-        candidates = study.grid(name)
-        if candidates and all(store.exists(Store.evaluation(item)) for item in candidates):
-            _choose(study, store, name, candidates)
+def choose_candidates(study: Study, store: Store) -> dict[str, dict[str, Any]]:
+    """Of every grid whose candidates are all trained, the winner's student and metrics take its name.
+
+    All answers to the selection tasks must be scored.
+
+    Returns:
+        by the grid's name `selected`, the winner's, and `selection`, each candidate's mean over the selection tasks.
+    """
+    return {
+        name: _choose(study, store, name, candidates)
+        for name in study.evaluated
+        if (candidates := study.grid(name)) and all(map(store.trained, candidates))
+    }
 
 
-def _choose(study: Study, store: Store, name: str, candidates: list[str]) -> None:
+def _choose(study: Study, store: Store, name: str, candidates: list[str]) -> dict[str, Any]:
     evaluation = study.recipe.evaluation
     assert evaluation is not None
     values = {item: evaluation_of(store, item, item, evaluation.selection)["mean"] for item in candidates}
@@ -29,8 +37,7 @@ def _choose(study: Study, store: Store, name: str, candidates: list[str]) -> Non
     metrics = f"{Store.training(winner)}/metrics.jsonl"
     with store.filesystem.open_input_file(metrics) as source:
         store.write_bytes(f"{Store.training(name)}/metrics.jsonl", source.read())
-    result = evaluation_of(store, name, winner, evaluation.tasks)
-    store.write_json(Store.evaluation(name), {**result, "selected": winner, "selection": values})
+    return {"selected": winner, "selection": values}
 
 
 def _copy(store: Store, winner: str, name: str) -> None:

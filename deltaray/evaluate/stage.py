@@ -3,26 +3,27 @@
 Models of one architecture share one vLLM engine, whose weights are swapped between their units.
 """
 
-from collections.abc import Callable, Mapping
-from functools import partial
-
-import pyarrow as pa
+from collections.abc import Callable
 
 from deltaray.aggregate.results import aggregation
-from deltaray.contracts import EVALUATIONS
-from deltaray.evaluate.results import evaluation_of, summarise
+from deltaray.contracts import RESPONSES
+from deltaray.evaluate.local import unscored_answers
+from deltaray.evaluate.results import evaluation_of, evaluations, summarise
 from deltaray.evaluate.select import choose_candidates
 from deltaray.generate.answer import Work, answer, work_of
 from deltaray.generate.identity import generation_identity, identity_digest
 from deltaray.generate.pools import OnRows
-from deltaray.generate.units import Assignment, Unit
+from deltaray.generate.stage import responses_table
+from deltaray.generate.units import Assignment
 from deltaray.prompts import check_source, store_source
+from deltaray.recipe.evaluation import Task
 from deltaray.recipe.models import Model, Student, Teacher
-from deltaray.recipe.recipe import Failures, Task
+from deltaray.recipe.recipe import Failures
 from deltaray.recipe.study import Study, TrainingRun
 from deltaray.runtime.preflight import task_sources
 from deltaray.runtime.session import Capacity
-from deltaray.score.verifiers import METRICS
+from deltaray.score.files import Unit as ScoreUnit
+from deltaray.score.stage import score_units
 from deltaray.store import Store
 
 
@@ -95,14 +96,41 @@ def _task_work(study: Study, store: Store, name: str, model: Teacher, task: str,
     return work_of(store, Assignment(name, asked, prompts, destination, identity, study.recipe.unit_size))
 
 
+def unscored(study: Study, store: Store, works: list[Work] | None = None) -> list[ScoreUnit]:
+    """Files of answers that no scorer has looked at; with `works` only those that their answers are in."""
+    tasks, wanted = all_tasks(study), works and {work.assignment.destination for work in works}
+    return [
+        unit
+        for name, (_, names) in models_to_evaluate(study, store).items()
+        for task in names
+        if wanted is None or Store.evaluation_responses(name, task) in wanted
+        for unit in unscored_answers(study, store, name, task, tasks[task])
+    ]
+
+
 def answer_tasks(
     study: Study, store: Store, works: list[Work], capacity: Capacity, on_rows: OnRows, say: Callable[[str], None]
 ) -> None:
-    """Completes evaluations (of `evaluation_work`)."""
-    metrics = {name: task.metric for name, task in all_tasks(study).items()}
-    make_table = partial(evaluation_table, metrics)
-    # a student that has unlearnt to speak is a result, not a failure
-    answer(store, works, capacity, make_table, EVALUATIONS, Failures(max_share=1), on_rows, say)
+    """Completes answers (of `evaluation_work`) and their scores.
+
+    Raises:
+        StageError: too many of a judge's answers failed; what is committed stays.
+    """
+    if not all(work.finished for work in works):
+        # a student that has unlearnt to speak is a result, not a failure
+        answer(store, works, capacity, responses_table, RESPONSES, Failures(max_share=1), on_rows, say)
+    score_units(study, store, unscored(study, store, works), capacity, on_rows, say)
+
+
+def models_for_harness(study: Study, store: Store) -> dict[str, Teacher]:
+    """The models that are reported, by name: of a grid its best, under the grid's name."""
+    found = {name: model for name, (model, _) in models_to_evaluate(study, store).items() if name in study.evaluated}
+    for name in study.evaluated:
+        candidates = study.grid(name)
+        if candidates and (path := store.trained(name)):
+            run = study.runs[candidates[0]]
+            found[name] = _trained(study.students[run.student], store.local_folder(path), run)
+    return found
 
 
 def is_concluded(study: Study, store: Store) -> bool:
@@ -111,44 +139,23 @@ def is_concluded(study: Study, store: Store) -> bool:
         return False
     summary = store.read_json("evaluation/summary.json")
     covered = {model.base for model in study.evaluated.values()} <= summary["names"].keys()
-    return covered and summary["claims"] == study.recipe.evaluation.claims
+    evaluation = study.recipe.evaluation
+    return covered and summary["claims"] == evaluation.claims and summary["tasks"] == evaluation.names
 
 
 def conclude(study: Study, store: Store) -> None:
-    """Writes every model's evaluation, the grids' winners and the summary from the stored answers."""
+    """Writes every model's evaluation and the summary from the stored scores."""
     evaluation = study.recipe.evaluation
     assert evaluation is not None
-    for name in models_to_evaluate(study, store):
-        store.write_json(Store.evaluation(name), evaluation_of(store, name, name, evaluation.tasks))
-    choose_candidates(study, store)
+    chosen, reported = choose_candidates(study, store), models_for_harness(study, store)
+    benchmarked = [name for name, model in reported.items() if model.endpoint is None]
+    for name in (*models_to_evaluate(study, store), *chosen):
+        harness = evaluation.harness_tasks if name in benchmarked else ()
+        choice = chosen.get(name, {})
+        if evaluation.tasks or harness:
+            result = evaluation_of(store, name, choice.get("selected", name), evaluation.tasks, harness)
+            store.write_json(Store.evaluation(name), result | choice)
     summary = summarise(study, store)
     if study.merges:
-        results = {name: store.read_json(Store.evaluation(name)) for name in study.evaluated if _evaluated(store, name)}
-        summary["aggregation"] = aggregation(study, store, results)
+        summary["aggregation"] = aggregation(study, store, evaluations(study, store))
     store.write_json("evaluation/summary.json", summary)
-
-
-def _evaluated(store: Store, name: str) -> bool:
-    return store.exists(Store.evaluation(name))
-
-
-def evaluation_table(metrics: Mapping[str, str], unit: Unit) -> pa.Table:
-    """The scored rows of an answered unit. Pure.
-
-    Args:
-        metrics: the metric of each task, by name.
-    """
-    function = METRICS[metrics[unit["destination"].rpartition("task=")[2]]]
-    rows = [
-        {
-            "prompt_id": prompt_id,
-            "sample": sample,
-            "text": output["text"],
-            "finish_reason": output["finish_reason"],
-            "answer": answer,
-            "score": function(output["text"], answer),
-        }
-        for prompt_id, answer, outputs in zip(unit["prompt_ids"], unit["answers"], unit["outputs"], strict=True)
-        for sample, output in zip(unit["samples"], outputs, strict=True)
-    ]
-    return pa.Table.from_pylist(rows, schema=EVALUATIONS)

@@ -10,11 +10,11 @@ from typing import Any
 
 import pyarrow as pa
 
-from deltaray.generate.pools import MakeTable, OnRows, describe, run_pools
+from deltaray.generate.pools import Load, MakeTable, OnRows, describe, run_pools
 from deltaray.generate.share import shared_pools
 from deltaray.generate.staging import publish, waiting_folders
 from deltaray.generate.stream import TASK_CPUS, Spec
-from deltaray.generate.units import Assignment, Unit, missing_units
+from deltaray.generate.units import Assignment, Unit, load_unit, missing_units
 from deltaray.recipe.recipe import Failures
 from deltaray.runtime.session import Capacity
 from deltaray.store import Store
@@ -49,6 +49,7 @@ def answer(
     on_rows: OnRows,
     say: Callable[[str], None],
     around: Callable[[Spec], Spec] = lambda spec: spec,
+    load: Load = load_unit,
 ) -> None:
     """Does the work: afterwards every response is published exactly once.
 
@@ -56,6 +57,7 @@ def answer(
         make_table: the rows of an answered unit, in `schema`.
         say: told how the work is spread over the cluster.
         around: puts something of the caller's around the engines, such as what asks them turn after turn.
+        load: fetches what a unit asks, where that is no prompt in chat turns.
     Raises:
         StageError: too many rows of one model failed; what is committed stays.
     """
@@ -64,7 +66,7 @@ def answer(
     pools = [replace(pool, spec=around(pool.spec)) for pool in pools]
     if pools:
         say(describe(pools, capacity))
-    run_pools(store, pools, capacity, make_table, failures, on_rows, publisher.committed)
+    run_pools(store, pools, capacity, make_table, failures, on_rows, publisher.committed, load)
     publisher.finish()
 
 

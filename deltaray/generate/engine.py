@@ -25,7 +25,7 @@ from typing import Any
 
 from deltaray.generate.metrics import EngineMetrics
 from deltaray.generate.reasoning import Splitter
-from deltaray.generate.requests import Output, failed, output_of, sampling_parameters
+from deltaray.generate.requests import Output, failed, output_of, prompt_logprobs, sampling_parameters
 from deltaray.generate.spec import EngineSpec
 from deltaray.generate.weights import Adapters, check_same_model, load_weights
 
@@ -206,7 +206,7 @@ class _Stepper:
         """One step of the running batch; with FINAL_ONLY vLLM returns just the requests that ended in it."""
         for result in self.engine.step():
             job, prompt, place = self.running.pop(result.request_id)
-            output = output_of(result.outputs[0])
+            output = output_of(result.outputs[0]) | prompt_logprobs(result)
             if job.splitter:
                 output = job.splitter.divide(output, job.unit["token_ids"][prompt])
             self.answer(job, prompt, place, output)

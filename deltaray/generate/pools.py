@@ -18,6 +18,8 @@ from deltaray.store import Store
 
 MakeTable = Callable[[Unit], pa.Table]
 """The rows of a unit with its `outputs`; the table's schema is the destination's."""
+Load = Callable[[Store, Unit], Unit]
+"""Adds what `units.Unit` says that loading adds."""
 OnRows = Callable[[str, int, int, int], None]
 """Progress: (name, rows done, rows in all, tokens so far)."""
 OnUnit = Callable[[Unit], None]
@@ -67,6 +69,7 @@ def run_pools(
     failures: Failures,
     on_rows: OnRows,
     on_unit: OnUnit,
+    load: Load = load_unit,
 ) -> None:
     """Works through all pools; rows are committed unit by unit as they finish.
 
@@ -78,8 +81,8 @@ def run_pools(
     progress = _Progress([unit for pool in pools for unit in pool.units], failures, on_rows)
 
     def run(pool: Pool) -> None:
-        load, write = partial(load_unit, store), partial(commit_unit, store, make_table)
-        for summary in stream_units(pool.units, pool.spec, load, write, pool.units_in_flight):
+        write = partial(commit_unit, store, make_table)
+        for summary in stream_units(pool.units, pool.spec, partial(load, store), write, pool.units_in_flight):
             progress.add(summary)
             on_unit(summary)
 

@@ -8,7 +8,8 @@ from typing import Any
 
 Output = dict[str, Any]
 """One answer: token_ids (the end token included), tokens, text (without special tokens and without the reasoning),
-reasoning (or None), finish_reason (stop | length | error), error (what went wrong, or None)."""
+reasoning (or None), finish_reason (stop | length | error), error (what went wrong, or None); prompt_logprobs where
+the sampling settings ask for them."""
 
 
 def request_seed(base: int, prompt_id: str, sample: int) -> int:
@@ -50,6 +51,14 @@ def output_of(completion: Any) -> Output:
     if reason not in ("stop", "length"):
         reason, error = "error", f"vLLM ended the request: {reason}"
     return _output(list(completion.token_ids), completion.text, reason, error)
+
+
+def prompt_logprobs(result: Any) -> dict[str, Any]:
+    """`prompt_logprobs` of a `RequestOutput` that has them: (log-prob, rank) of every prompt token but the first."""
+    if result.prompt_logprobs is None:
+        return {}
+    tokens = zip(result.prompt_token_ids[1:], result.prompt_logprobs[1:], strict=True)
+    return {"prompt_logprobs": [(found[token].logprob, found[token].rank) for token, found in tokens]}
 
 
 def failed(message: str) -> Output:

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator, Mapping
 
+from deltaray.recipe.check_evaluation import check_evaluation
 from deltaray.recipe.check_exploration import check_exploration
 from deltaray.recipe.check_extensions import check_extensions
 from deltaray.recipe.check_merging import check_after, check_merging
@@ -15,7 +16,6 @@ from deltaray.recipe.training import Run
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 FOLDERS = "names become folders: use letters, digits, '.', '_' and '-' only"
-CLAIM = re.compile(r"\s*(\S+)\s*>\s*(\S+)\s*")
 
 
 def check_recipe(recipe: Recipe) -> Iterator[Problem]:
@@ -29,7 +29,7 @@ def check_recipe(recipe: Recipe) -> Iterator[Problem]:
     yield from _check_pairings(recipe)
     yield from _check_training(recipe)
     yield from check_merging(recipe)
-    yield from _check_evaluation(recipe)
+    yield from check_evaluation(recipe)
     yield from check_exploration(recipe)
 
 
@@ -41,6 +41,7 @@ def _check_names(recipe: Recipe) -> Iterator[Problem]:
         "training.runs": recipe.training.runs if recipe.training else {},
         "evaluation.tasks": recipe.evaluation.tasks if recipe.evaluation else {},
         "evaluation.selection": recipe.evaluation.selection if recipe.evaluation else {},
+        "evaluation.harness.tasks": recipe.evaluation.harness_tasks if recipe.evaluation else {},
         "merging.methods": recipe.merging.methods if recipe.merging else {},
     }
     if recipe.student and not NAME.fullmatch(recipe.student.name):
@@ -96,7 +97,8 @@ def _check_scorers(recipe: Recipe) -> Iterator[Problem]:
                 if teacher not in known:
                     yield (*at, "sizes", teacher), unknown("teacher", teacher, known)
         if isinstance(scorer, Judge) and scorer.against is not None:
-            yield from (((*at, "against"), text) for text in _check_against(recipe, scorer.against, known))
+            models = [*known, *([recipe.student.name] if recipe.student else [])]
+            yield from (((*at, "against"), text) for text in _check_against(recipe, scorer.against, models))
         if isinstance(scorer, Given) and recipe.preferences is None:
             yield (*at, "kind"), "only `preferences:` bring scores along"
 
@@ -173,21 +175,3 @@ def _check_loss(run: Run) -> Iterator[tuple[str, str]]:
         if getattr(run, key) is not None and key not in LOSS_FACTS[run.loss].defaults:
             others = ", ".join(readers(key))
             yield key, f"the loss {run.loss!r} does not read it; leave it out, or write a loss that does: {others}"
-
-
-def _check_evaluation(recipe: Recipe) -> Iterator[Problem]:
-    if recipe.evaluation is None:
-        return
-    runs = recipe.training.runs if recipe.training else {}
-    known = {*recipe.teachers, *runs, *(f"{name}-step{step}" for name, run in runs.items() for step in run.early)}
-    known |= {recipe.student.name} if recipe.student else set()
-    known |= recipe.merging.names().keys() if recipe.merging else set()
-    for index, claim in enumerate(recipe.evaluation.claims):
-        at = ("evaluation", "claims", index)
-        match = CLAIM.fullmatch(claim)
-        if match is None:
-            yield at, f"{claim!r} is not a claim; write `better > worse` with two model names"
-            continue
-        for name in match.groups():
-            if name not in known:
-                yield at, unknown("model", name, known)

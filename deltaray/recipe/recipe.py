@@ -5,10 +5,11 @@ from typing import Literal
 from pydantic import Field, field_validator
 
 from deltaray.recipe.deltas import Pairing
+from deltaray.recipe.evaluation import Evaluation
 from deltaray.recipe.exploration import Exploration
 from deltaray.recipe.extensions import Extensions
 from deltaray.recipe.merging import Merging
-from deltaray.recipe.models import Sampling, Section, Student, Teacher
+from deltaray.recipe.models import Section, Student, Teacher
 from deltaray.recipe.scorers import Scorer
 from deltaray.recipe.source import Source
 from deltaray.recipe.training import Training
@@ -31,24 +32,6 @@ class Preferences(Section):
     chosen: str = "chosen"
     rejected: str = "rejected"
     """How pairings call the two sides."""
-
-
-class Task(Source):
-    """Prompts with an `answer`."""
-
-    metric: Literal["exact_match", "numeric", "token_f1"] = "exact_match"
-    """`exact_match`: the texts; `numeric`: the number that each ends with; `token_f1`: shared words (SQuAD's F1)."""
-    sampling: Sampling = Sampling()
-
-
-class Evaluation(Section):
-    tasks: dict[str, Task]
-    selection: dict[str, Task] = {}
-    """Tasks on which the best of a grid is chosen; they share no prompt with `tasks`."""
-    teachers: bool = True
-    """Evaluate the teachers of the pairings, too."""
-    claims: list[str] = []
-    """`better > worse`, each checked on the mean of the tasks and reported with its interval."""
 
 
 class Miniature(Section):

@@ -49,6 +49,12 @@ class Numeric(_Scorer):
     """Relative."""
 
 
+class TokenF1(_Scorer):
+    """The F1 of the words shared with `answer` (SQuAD's), or with the best of a JSON list of answers."""
+
+    kind: Literal["token_f1"]
+
+
 class MultipleChoice(_Scorer):
     """1 where the letter that the response settles on is the answer's."""
 
@@ -103,7 +109,8 @@ class Judge(_Scorer):
     aspects: dict[str, str] = Field(ASPECTS, min_length=1)
     """Name -> what to look at; one question each."""
     against: str | None = None
-    """A teacher, whose response to the same prompt and sample each response is compared with, in both orders."""
+    """A teacher, whose response to the same prompt and sample each response is compared with, in both orders; in
+    evaluation tasks any model that is evaluated."""
 
 
 class RewardModel(_Scorer, Model):
@@ -130,6 +137,7 @@ Scorer = Annotated[
     Size
     | ExactMatch
     | Numeric
+    | TokenF1
     | MultipleChoice
     | Json
     | Refusal
@@ -146,3 +154,8 @@ Scorer = Annotated[
 def scorer_name(reference: str) -> str:
     """The scorer of `NAME` or `NAME/PART`."""
     return reference.partition("/")[0]
+
+
+def scorer_part(reference: str) -> str:
+    """The part of `NAME/PART`; of `NAME` an empty text."""
+    return reference.partition("/")[2]

@@ -20,6 +20,10 @@ class Source(Section):
     """Where other names are used: ours -> theirs, such as `{prompt: question}`."""
     template: str | None = None
     """A text around every prompt, which takes the place of `{prompt}` in it."""
+    answer: str | None = None
+    """The answer of every prompt, where the data has none, such as `refuse`."""
+    answers: dict[str, str] = {}
+    """What the data's answers become: theirs -> ours, such as `{unsafe: refuse, safe: comply}`."""
     limit: int | None = Field(None, ge=1)
     """Use the first so many rows only."""
 

@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from deltaray.evaluate.suites import expand_suites
 from deltaray.recipe.deltas import Pairing
 from deltaray.recipe.extensions import Extensions
 from deltaray.recipe.merging import MergeMethod
 from deltaray.recipe.models import Model, Student, Teacher
 from deltaray.recipe.recipe import Recipe
-from deltaray.recipe.scorers import Judge, RewardModel, Scorer
+from deltaray.recipe.scorers import Judge, RewardModel, Scorer, scorer_name
 from deltaray.recipe.training import Run
 
 M = TypeVar("M", bound=Model)
@@ -99,6 +100,14 @@ class Study:
         wanted = explored_names(self.recipe)
         return {name for name in self.teachers if name in wanted or base_name(name) in wanted}
 
+    def response_scorers(self) -> list[str]:
+        """The scorers of responses: all but those that evaluation tasks name and no pairing does."""
+        evaluation = self.recipe.evaluation
+        tasks = [*evaluation.tasks.values(), *evaluation.selection.values()] if evaluation else []
+        asked = {scorer_name(task.scorer) for task in tasks if task.scorer}
+        paired = {scorer_name(it) for pairing in self.pairings.values() for it in pairing.scorers}
+        return [name for name in self.scorers if name in paired or name not in asked]
+
     def paired_teachers(self) -> list[str]:
         """Teachers that some pairing or trial uses, in the order of the recipe."""
         used = {name for pairing in self.pairings.values() for name in pairing.names}
@@ -113,7 +122,9 @@ class Study:
 
 
 def expand(recipe: Recipe) -> Study:
-    """Writes out seeds and grids. Pure."""
+    """Writes out seeds, grids and suites. Pure."""
+    if recipe.evaluation is not None:
+        recipe = recipe.model_copy(update={"evaluation": expand_suites(recipe.evaluation)})
     teachers: dict[str, Teacher] = {}
     students: dict[str, Student] = {}
     pairings: dict[str, Pairing] = {}

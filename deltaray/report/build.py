@@ -15,7 +15,7 @@ from plotly.offline import get_plotlyjs
 from deltaray.storage.files import Files
 from deltaray.store import Store
 
-from . import aggregation, charts, deltas, landscape, merging, series, tables
+from . import aggregation, charts, comparisons, deltas, landscape, merging, series, tables
 from .model import Pairing, Study
 from .read import read_study
 from .remote import local_copy
@@ -45,7 +45,7 @@ def write_report(store: Store) -> str:
 
 def render(study: Study) -> str:
     """The page's HTML."""
-    scripts = [get_plotlyjs(), *(_static(name) for name in ("charts.js", "pairs.js", "sort.js"))]
+    scripts = [get_plotlyjs(), *(_static(name) for name in ("charts.js", "pairs.js", "tables.js"))]
     figures = _figures(study)
     merge_figures = [merging.merge_charts(merge, position) for position, merge in enumerate(study.merges)]
     figures["merging"] = [figure for group in merge_figures for figure in group]
@@ -57,6 +57,7 @@ def render(study: Study) -> str:
         deltas=deltas,
         landscape=landscape,
         aggregation=aggregation,
+        comparisons=comparisons,
         summary=summarize(study),
         palette=_palette(study),
         figures=figures,

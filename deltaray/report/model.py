@@ -83,6 +83,27 @@ class Aggregated:
 
 
 @dataclass(frozen=True)
+class Difference:
+    """One model less another on a task or on the mean; `verdict` is better, worse or open, for the first."""
+
+    first: str
+    second: str
+    task: str
+    interval: Interval
+    verdict: str
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What became of a model's answers to a task, where something is to be told of them."""
+
+    model: str
+    task: str
+    total: int
+    counts: dict[str, int]
+
+
+@dataclass(frozen=True)
 class Evaluations:
     """All scores of a study; `metrics` names the metric of a task where a result file says it."""
 
@@ -92,6 +113,10 @@ class Evaluations:
     comparisons: tuple[Comparison, ...] = ()
     metrics: dict[str, str] = field(default_factory=dict)
     aggregation: tuple[Aggregated, ...] = ()
+    differences: tuple[Difference, ...] = ()
+    answers: tuple[Answers, ...] = ()
+    missing: dict[str, str] = field(default_factory=dict)
+    """Benchmarks that were asked for and are not evaluated, with the reason."""
 
     def with_role(self, role: str) -> tuple[Model, ...]:
         """The models of one role, in the order of the summary."""

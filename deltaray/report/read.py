@@ -20,6 +20,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from .aggregation import read_aggregation
+from .comparisons import read_answers, read_differences
 from .deltas import read_delta
 from .landscape import Exploration, read_landscape, read_trial
 from .merging import read_merge
@@ -164,7 +165,7 @@ def _evaluations(folder: Path, teachers: set[str], notes: list[str]) -> Evaluati
     rows = [(task, row) for tasks in files.values() for task, row in tasks.items()]
     metrics = {task: str(row["metric"]) for task, row in rows if "metric" in row}
     summary = _attempt(folder / "summary.json", lambda path: _summary(path, metrics), None, notes)
-    return summary or _collected(files, teachers, metrics)
+    return replace(summary or _collected(files, teachers, metrics), answers=read_answers(files))
 
 
 def _result(path: Path) -> dict[str, dict[str, Any]]:
@@ -187,7 +188,9 @@ def _summary(path: Path, metrics: dict[str, str]) -> Evaluations:
     tasks = named or tuple(dict.fromkeys(task for model in models for task in model.tasks))
     comparisons = tuple(_comparison(entry) for entry in content.get("comparisons") or ())
     merged = read_aggregation(content.get("aggregation"))
-    return Evaluations(tasks, tuple(content.get("seeds") or ()), models, comparisons, metrics, merged)
+    differences = read_differences(content.get("differences") or ())
+    seeds, missing = tuple(content.get("seeds") or ()), dict(content.get("missing") or {})
+    return Evaluations(tasks, seeds, models, comparisons, metrics, merged, differences, missing=missing)
 
 
 def _comparison(entry: dict[str, Any]) -> Comparison:

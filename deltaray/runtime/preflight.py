@@ -6,14 +6,17 @@ from typing import Any
 
 from deltaray.chat import load_tokenizer
 from deltaray.errors import UserError
+from deltaray.evaluate.check import check_answers, check_harness
+from deltaray.evaluate.harness import harness_definition
+from deltaray.evaluate.local import task_scorer
 from deltaray.generate.identity import generation_identity, model_identity
 from deltaray.prompts import PromptSource, check_source, is_hub_dataset, refuse_changed_prompts
 from deltaray.prompts.preferences import check_preferences
 from deltaray.prompts.read import read_prompts
 from deltaray.prompts.view import View
+from deltaray.recipe.evaluation import Task
 from deltaray.recipe.models import Model, Teacher
-from deltaray.recipe.recipe import Task
-from deltaray.recipe.scorers import Judge, RewardModel, Scorer
+from deltaray.recipe.scorers import Judge, RewardModel, Scorer, scorer_part
 from deltaray.recipe.study import Study, base_name
 from deltaray.store import Store
 
@@ -30,6 +33,7 @@ def check_inputs(study: Study, store: Store) -> None:
     """
     _check_prompts(study, store)
     check_tasks(study, store)
+    check_harness(study)
     check_deltas(study)
     for key, model in models_of(study):
         check_model(model, key)
@@ -68,6 +72,7 @@ def check_local_inputs(study: Study, store: Store) -> int | None:
     asked = study.recipe.preferences or study.recipe.prompts
     prompts = None if asked is None or is_hub_dataset(asked.path) else _check_prompts(study, store)
     check_tasks(study, store, on_hub=False)
+    check_harness(study)
     for key, model in models_of(study):
         if model.is_local or _is_served(model):
             check_model(model, key)
@@ -120,11 +125,7 @@ def check_tasks(study: Study, store: Store, on_hub: bool = True) -> None:
     sources = {name: it for name, it in task_sources(study).items() if on_hub or not is_hub_dataset(it.path)}
     for name, source in sources.items():
         rows = list(source.rows())
-        unanswered = next((row for row in rows if row["answer"] is None), None)
-        if unanswered is not None:
-            raise UserError(
-                f"{source.key}: {source.path}: prompt {unanswered['prompt_id']} has no `answer` to compare with"
-            )
+        check_answers(study, name, source, rows)
         refuse_changed_prompts(store, rows, Store.evaluation_prompts(name))
         prompts[source.key.split(".")[1]] |= {str(row["messages"]): name for row in rows}
     shared = prompts["tasks"].keys() & prompts["selection"].keys()
@@ -241,5 +242,9 @@ def definitions(study: Study) -> dict[str, dict[str, Any]]:
         found[f"training/{name}"] = {**settings, "student": run.student, "pairing": paired, **common}
     for section in ("tasks", "selection"):
         for name, task in _tasks(study, section).items():
-            found[f"evaluation/task={name}"] = task.model_dump(mode="json", include={"metric", "sampling"})
+            scored = {"scorer": scorer_identity(task_scorer(study, task)), "part": scorer_part(task.scorer or "")}
+            found[f"evaluation/task={name}"] = {"sampling": task.sampling.model_dump(mode="json"), **scored}
+    if recipe.evaluation is not None:
+        for name, benchmark in recipe.evaluation.harness_tasks.items():
+            found[f"evaluation/harness={name}"] = harness_definition(study, name, benchmark)
     return found

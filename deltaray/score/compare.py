@@ -35,7 +35,7 @@ def compare_scores(study: Study, store: Store) -> None:
     inputs = _inputs(study, store)
     sides = _paired_sides(study)
     units = [
-        {"shard": shard_name(path), "scorers": list(study.scorers), "sides": sides, "teachers": study.answering()}
+        {"shard": shard_name(path), "scorers": study.response_scorers(), "sides": sides, "teachers": study.answering()}
         for path in store.committed(Store.prompts)
     ]
     counted: dict[Slice, Counted] = defaultdict(Counter)
@@ -60,7 +60,7 @@ def _inputs(study: Study, store: Store) -> str:
     files = store.listing("scores")  # a teacher that has changed may have files of the same names
     of_sides = {Store.scores(scorer, teacher) for scorer, teacher in all_scores(study)}
     found = [f"{path} {it.size} {it.mtime_ns}" for path, it in files.items() if path.rpartition("/")[0] in of_sides]
-    text = "\n".join([*found, *study.scorers, str(_paired_sides(study))])
+    text = "\n".join([*found, *study.response_scorers(), str(_paired_sides(study))])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -3,12 +3,13 @@
 import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import pyarrow as pa
 
 from deltaray.contracts import SCORES
-from deltaray.prompts.shards import shard_of
+from deltaray.prompts.shards import shard_name, shard_of
 from deltaray.prompts.turns import full_turns
 from deltaray.score.response import Response, Score
 from deltaray.store import Store
@@ -17,32 +18,58 @@ AT_ONCE = 2048
 """Responses that are Python objects at the same time."""
 
 Unit = dict[str, Any]
-"""A file to score: scorer (its name), spec (its section), teacher, responses (the file), destination."""
+"""A file to score: the fields of a `Scoring`, with `responses` and `destination` files instead of folders."""
 Key = tuple[str, int]
 Asked = tuple[Key, Response | None, str | None]
 """(key, what to score, or why it is not scored)."""
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """Whose responses a scorer scores, and the folders in which all that concerns them lies."""
+
+    scorer: str
+    spec: dict[str, Any]  # the scorer's section, as JSON
+    teacher: str
+    prompts: str
+    responses: str
+    destination: str
+    questions: str  # what a judge is asked, until it is scored
+    judgements: str
+    others: str | None  # the responses that a judge compares with; None where it compares with nothing else
+    failed: bool = False  # responses that failed are scored for the text that they have, an empty one
+
+
+def missing_units(store: Store, scoring: Scoring) -> list[Unit]:
+    """One unit per responses file that is not scored yet; its scores file has the same name."""
+    done = {shard_name(path) for path in store.committed(scoring.destination)}
+    return [
+        asdict(scoring) | {"responses": path, "destination": f"{scoring.destination}/{shard_name(path)}.parquet"}
+        for path in store.committed(scoring.responses)
+        if shard_name(path) not in done
+    ]
 
 
 def read_slices(store: Store, unit: Unit, messages: bool = False) -> Iterator[list[Asked]]:
     """The responses of a file in slices; with `messages` they bring the conversation before them."""
     columns = ["prompt_id", "sample", "text", "error"]
     table = store.read_table(unit["responses"], columns)
-    prompts = _prompts(store, unit["responses"], messages)
+    prompts = _prompts(store, unit, messages)
     for start in range(0, len(table), AT_ONCE):
         rows = table.slice(start, AT_ONCE).to_pylist()
         yield [_asked(unit, row, prompts[row["prompt_id"]]) for row in rows]
 
 
-def _prompts(store: Store, path: str, messages: bool) -> dict[str, dict[str, Any]]:
+def _prompts(store: Store, unit: Unit, messages: bool) -> dict[str, dict[str, Any]]:
     """The prompts that a file of responses answers, by id."""
     columns = ["prompt_id", "answer", "source", *(["messages", "conversation"] if messages else [])]
-    rows = store.read_table(f"{Store.prompts}/{shard_of(path)}.parquet", columns)
+    rows = store.read_table(f"{unit['prompts']}/{shard_of(unit['responses'])}.parquet", columns)
     return {row["prompt_id"]: row for batch in rows.to_batches(AT_ONCE) for row in batch.to_pylist()}
 
 
 def _asked(unit: Unit, row: dict[str, Any], prompt: dict[str, Any]) -> Asked:
     key, spec = (row["prompt_id"], row["sample"]), unit["spec"]
-    if row["error"] is not None:
+    if row["error"] is not None and not unit["failed"]:
         return key, None, "failed response"
     if spec["sources"] is not None and prompt["source"] not in spec["sources"]:
         return key, None, "other source"

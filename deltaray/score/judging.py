@@ -51,28 +51,27 @@ def judge_files(
     """
     for _ in map_units(units, partial(write_questions, store, study.recipe.unit_size)):
         pass
-    sides = sorted({(unit["scorer"], unit["teacher"]) for unit in units})
+    sides = {unit["questions"]: unit for unit in units}
     for retry in (False, True)[: 1 + retry_failed]:
-        works = [judge_work(study, store, *side, retry) for side in sides]
+        works = [judge_work(store, sides[name], study.recipe.unit_size, retry) for name in sorted(sides)]
         if not all(work.finished for work in works):
             answer(store, works, capacity, responses_table, RESPONSES, study.recipe.failures, on_rows, say)
     yield from map_units(units, partial(score_judged, store))
 
 
-def judge_work(study: Study, store: Store, scorer: str, teacher: str, retry: bool) -> Work:
-    """What a judge still has to answer about a teacher's responses."""
-    judge = study.scorers[scorer]
-    assert isinstance(judge, Judge)
-    name = f"{scorer} of {teacher}"
+def judge_work(store: Store, unit: Unit, unit_size: int, retry: bool) -> Work:
+    """What a judge still has to answer about the responses among which a unit is."""
+    judge: Judge = section_of(unit["spec"])
+    name = f"{unit['scorer']} of {unit['teacher']}"
     return work_of(
         store,
         Assignment(
             name=name,
             teacher=seeded(name, judge.by),
-            prompts=Store.questions(scorer, teacher),
-            destination=Store.judgements(scorer, teacher),
+            prompts=unit["questions"],
+            destination=unit["judgements"],
             identity=identity_digest(generation_identity(judge.by)),
-            unit_size=study.recipe.unit_size,
+            unit_size=unit_size,
             retry=retry,
         ),
     )
@@ -90,7 +89,7 @@ def forget_failed(store: Store, sides: list[tuple[str, str]]) -> None:
 def write_questions(store: Store, unit_size: int, unit: Unit) -> dict[str, Any]:
     """Writes what the judge is asked about a file's responses, one file per slice that has none yet."""
     spec: Judge = section_of(unit["spec"])
-    others = _other_texts(store, spec, unit)
+    others = _other_texts(store, unit)
     for number, part in enumerate(read_slices(store, unit, messages=True)):
         rows = [
             PromptRow(prompt_id=name, messages=conversation, answer=None, source=None, error=None)
@@ -112,33 +111,31 @@ def _asked(spec: Judge, part: list[Asked], others: dict[Key, str]) -> dict[str, 
 
 
 def _questions_path(unit: Unit, number: int) -> str:
-    folder = Store.questions(unit["scorer"], unit["teacher"])
-    return f"{folder}/{shard_name(unit['responses'])}-{number:05d}.parquet"
+    return f"{unit['questions']}/{shard_name(unit['responses'])}-{number:05d}.parquet"
 
 
-def _other_texts(store: Store, spec: Judge, unit: Unit) -> dict[Key, str]:
+def _other_texts(store: Store, unit: Unit) -> dict[Key, str]:
     """The responses that a file's are compared with, by key; none are with themselves."""
-    if spec.against is None or spec.against == unit["teacher"]:
+    if unit["others"] is None:
         return {}
     columns = ["prompt_id", "sample", "text", "error"]
-    table = store.read_tables(
-        Store.responses(spec.against), RESPONSES, columns, prefix=f"{shard_of(unit['responses'])}-"
-    )
-    return {(row["prompt_id"], row["sample"]): row["text"] for row in table.to_pylist() if row["error"] is None}
+    table = store.read_tables(unit["others"], RESPONSES, columns, prefix=f"{shard_of(unit['responses'])}-")
+    asked = (row for row in table.to_pylist() if row["error"] is None or unit["failed"])
+    return {(row["prompt_id"], row["sample"]): row["text"] for row in asked}
 
 
 def score_judged(store: Store, unit: Unit) -> dict[str, Any]:
     """Scores a file from the judge's answers and commits the scores; then the questions have had their day."""
     counted = write_scores(store, unit, _judged_slices(store, unit))
     prefix = f"{shard_name(unit['responses'])}-"
-    questions = store.committed(Store.questions(unit["scorer"], unit["teacher"]))
+    questions = store.committed(unit["questions"])
     store.delete(path for path in questions if shard_name(path).startswith(prefix))
     return counted
 
 
 def _judged_slices(store: Store, unit: Unit) -> Iterator[list[tuple[Key, Score]]]:
     spec: Judge = section_of(unit["spec"])
-    own, others = unit["teacher"] == spec.against, _other_texts(store, spec, unit)
+    own, others = unit["teacher"] == spec.against, _other_texts(store, unit)
     for number, part in enumerate(read_slices(store, unit, messages=True)):
         asked = _asked(spec, part, others)
         answers = _answers(store, unit, shard_name(_questions_path(unit, number)), asked)
@@ -158,7 +155,7 @@ def _answers(
     store: Store, unit: Unit, shard: str, asked: dict[str, tuple[Key, str, Conversation]]
 ) -> dict[Key, dict[str, list[tuple[str, str | None]]]]:
     """The judge's (text, error) by response and question."""
-    folder, columns = Store.judgements(unit["scorer"], unit["teacher"]), ["prompt_id", "text", "error"]
+    folder, columns = unit["judgements"], ["prompt_id", "text", "error"]
     found: dict[Key, dict[str, list[tuple[str, str | None]]]] = defaultdict(lambda: defaultdict(list))
     for row in store.read_tables(folder, RESPONSES, columns, prefix=f"{shard}-").to_pylist():
         if row["prompt_id"] in asked:

@@ -21,6 +21,7 @@ from deltaray.score.verifiers import (
     multiple_choice_scorer,
     numeric_scorer,
     refusal_scorer,
+    token_f1_scorer,
 )
 
 _SECTION: TypeAdapter[Any] = TypeAdapter(Scorer)
@@ -38,6 +39,7 @@ SCORERS: dict[str, Callable[[Any], ScoreFunction]] = {
     "size": size_scorer,
     "exact_match": exact_match_scorer,
     "numeric": numeric_scorer,
+    "token_f1": token_f1_scorer,
     "multiple_choice": multiple_choice_scorer,
     "json": json_scorer,
     "refusal": refusal_scorer,

@@ -5,11 +5,11 @@ from functools import partial
 from typing import Any
 
 from deltaray.prompts.shards import shard_name
-from deltaray.recipe.scorers import scorer_name
+from deltaray.recipe.scorers import Judge, scorer_name
 from deltaray.recipe.study import Study
 from deltaray.runtime.session import Capacity
 from deltaray.runtime.stream import map_units
-from deltaray.score.files import AT_ONCE, Key, Unit, read_slices, write_scores
+from deltaray.score.files import AT_ONCE, Key, Scoring, Unit, missing_units, read_slices, write_scores
 from deltaray.score.registry import SCORERS, section_of
 from deltaray.score.response import Score
 from deltaray.store import Store
@@ -30,27 +30,31 @@ def needed_scores(study: Study) -> list[Side]:
 
 
 def all_scores(study: Study) -> list[Side]:
-    """Every scorer of the recipe on every teacher that some pairing uses."""
-    return [(scorer, teacher) for scorer in study.scorers for teacher in study.answering()]
+    """Every scorer on every teacher that some pairing uses, but for those that only evaluation tasks name."""
+    return [(scorer, teacher) for scorer in study.response_scorers() for teacher in study.answering()]
 
 
 def missing_scores(study: Study, store: Store, sides: list[Side] | None = None) -> list[Unit]:
     """One unit per responses file that a scorer has not scored yet; its scores file has the same name."""
-    units = []
-    for scorer, teacher in needed_scores(study) if sides is None else sides:
-        done = {shard_name(path) for path in store.committed(Store.scores(scorer, teacher))}
-        for path in store.committed(Store.responses(teacher)):
-            if shard_name(path) not in done:
-                units.append(
-                    {
-                        "scorer": scorer,
-                        "spec": study.scorers[scorer].model_dump(mode="json"),
-                        "teacher": teacher,
-                        "responses": path,
-                        "destination": f"{Store.scores(scorer, teacher)}/{shard_name(path)}.parquet",
-                    }
-                )
-    return units
+    wanted = needed_scores(study) if sides is None else sides
+    return [unit for side in wanted for unit in missing_units(store, response_scoring(study, *side))]
+
+
+def response_scoring(study: Study, scorer: str, teacher: str) -> Scoring:
+    """A scorer of a teacher's responses."""
+    spec = study.scorers[scorer]
+    against = spec.against if isinstance(spec, Judge) else None
+    return Scoring(
+        scorer=scorer,
+        spec=spec.model_dump(mode="json"),
+        teacher=teacher,
+        prompts=Store.prompts,
+        responses=Store.responses(teacher),
+        destination=Store.scores(scorer, teacher),
+        questions=Store.questions(scorer, teacher),
+        judgements=Store.judgements(scorer, teacher),
+        others=None if against in (None, teacher) else Store.responses(str(against)),
+    )
 
 
 def score(
@@ -69,12 +73,25 @@ def score(
         retry_failed: judges are asked again what they failed to answer.
     """
     units = missing_scores(study, store, sides)
+    return score_units(study, store, units, capacity or Capacity(0, 0), on_rows, say, retry_failed)
+
+
+def score_units(
+    study: Study,
+    store: Store,
+    units: list[Unit],
+    capacity: Capacity,
+    on_rows: Callable[[str, int, int, int], None],
+    say: Callable[[str], None],
+    retry_failed: bool = False,
+) -> int:
+    """Scores files, whoever answered in them; as `score`."""
     totals: dict[str, int] = {}
     for unit in units:
         name = _shown(unit)
         totals[name] = totals.get(name, 0) + store.count(unit["responses"])
     done = dict.fromkeys(totals, 0)
-    for result in _results(study, store, units, capacity or Capacity(0, 0), on_rows, say, retry_failed):
+    for result in _results(study, store, units, capacity, on_rows, say, retry_failed):
         name = _shown(result)
         done[name] += result["rows"]
         on_rows(name, done[name], totals[name], 0)

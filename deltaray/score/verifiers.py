@@ -2,12 +2,11 @@
 
 import json
 from collections import Counter
-from collections.abc import Callable
 from fractions import Fraction
 from string import punctuation
 from typing import Any
 
-from deltaray.recipe.scorers import ExactMatch, Json, MultipleChoice, Numeric, Refusal
+from deltaray.recipe.scorers import ExactMatch, Json, MultipleChoice, Numeric, Refusal, TokenF1
 from deltaray.score.answers import fenced_blocks, final_letter, final_number
 from deltaray.score.response import UNANSWERED, Response, Score, ScoreFunction
 from deltaray.score.surface import is_refusal
@@ -91,9 +90,12 @@ def refusal_scorer(spec: Refusal) -> ScoreFunction:
     return function
 
 
-def numeric(text: str, answer: str | None) -> float | None:
-    """1.0 if text and answer end with the same number, else 0.0; None without an answer or without its number."""
-    return numeric_scorer(Numeric(kind="numeric"))(Response("", text, answer)).value
+def token_f1_scorer(spec: TokenF1) -> ScoreFunction:
+    def function(response: Response) -> Score:
+        value = token_f1(response.text, response.answer)
+        return UNANSWERED if value is None else Score(value)
+
+    return function
 
 
 def token_f1(text: str, answer: str | None) -> float | None:
@@ -126,12 +128,6 @@ def _f1(given: Counter[str], wanted: Counter[str]) -> float:
     if not given or not wanted:
         return float(given == wanted)
     return 2 * (given & wanted).total() / (given.total() + wanted.total())
-
-
-METRICS: dict[str, Callable[[str, str | None], float | None]] = {
-    "exact_match": exact_match, "numeric": numeric, "token_f1": token_f1,
-}  # fmt: skip
-"""By the `metric` of a recipe's tasks."""
 
 
 def _refuse(constant: str) -> Any:

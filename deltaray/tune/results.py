@@ -5,8 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from deltaray.evaluate.results import compare, evaluation_of
+from deltaray.evaluate.compare import compare
+from deltaray.evaluate.results import evaluation_of
 from deltaray.evaluate.statistics import mean_and_stderr
+from deltaray.evaluate.values import TaskValues
 from deltaray.pair.describe import delta_path
 from deltaray.recipe.check_exploration import objectives_of
 from deltaray.recipe.recipe import Recipe
@@ -99,7 +101,7 @@ def _scores(study: Study, store: Store) -> Facts:
         "tasks": tasks,
         "mean": mean,
         "untouched": over_seeds([results[name]["mean"] for name in students])["mean"],
-        "gain": compare(study, store, runs, students, results),
+        "gain": compare(study, TaskValues(study, store, results), runs, students),
         "gains": [results[run]["mean"] - results[student]["mean"] for run, student in zip(runs, students, strict=True)],
     }
 

@@ -95,16 +95,21 @@ def _work(sweep: Sweep, trial: Trial, clock: "Clock") -> dict[str, Any]:
 
 
 def _evaluate(study: Study, store: Store, share: Capacity) -> None:
+    from deltaray.evaluate.harness import missing_benchmarks, run_benchmarks
     from deltaray.evaluate.results import evaluation_of
-    from deltaray.evaluate.stage import answer_tasks, evaluation_work
+    from deltaray.evaluate.stage import answer_tasks, evaluation_work, models_for_harness, unscored
 
-    works = evaluation_work(study, store)
-    if not all(work.finished for work in works):
-        answer_tasks(study, store, works, share, lambda *_: None, lambda _: None)
-    evaluation = study.recipe.evaluation
+    evaluation, works = study.recipe.evaluation, evaluation_work(study, store)
     assert evaluation is not None
+    if not all(work.finished for work in works) or unscored(study, store, works):
+        answer_tasks(study, store, works, share, lambda *_: None, lambda _: None)
+    models = {name: model for name, model in models_for_harness(study, store).items() if name in study.runs}
+    units = missing_benchmarks(study, store, models) if evaluation.harness_tasks else []
+    if units:
+        run_benchmarks(store, units, share, lambda *_: None, lambda _: None)
     for name in study.runs:
-        store.write_json(Store.evaluation(name), evaluation_of(store, name, name, evaluation.tasks))
+        result = evaluation_of(store, name, name, evaluation.tasks, evaluation.harness_tasks)
+        store.write_json(Store.evaluation(name), result)
 
 
 # --- telling ----------------------------------------------------------------------------------------------------
