@@ -54,8 +54,9 @@ class Miniature(Section):
     """Makes the toy family of models, its prompts and its evaluation before anything else (once; then cached)."""
 
     directory: str = "runs/miniature-family"
-    family: Literal["ladder", "specialists"] = "ladder"
-    """`ladder`: teachers of growing size and care; `specialists`: each careful in another part of the task."""
+    family: Literal["ladder", "specialists", "qwen3", "earlier", "sections", "strings"] = "ladder"
+    """`ladder`: teachers of growing size and care; `specialists`: each careful in another part of the task; the others
+    serve the controlled experiments. Those of another task (`sections`, `strings`) take a directory of their own."""
 
 
 class Failures(Section):
