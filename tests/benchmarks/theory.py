@@ -2,7 +2,7 @@
 
     .venv/bin/python tests/benchmarks/theory.py
 
-For each of 8 draws every coordinate of every input is drawn, labelled by both teachers and added up, in float32 and in
+For each of 24 draws every coordinate of every input is drawn, labelled by both teachers and added up, in float32 and in
 blocks; `simulate` does the same steps 400 times for the same vectors. Then `deltaray theory` runs with its defaults
 (20,000 dimensions, 50 draws). Writes `results/theory.json`.
 """
@@ -25,7 +25,7 @@ from deltaray.theory.setting import SPAN, Setting, Vectors, draw_vectors
 from deltaray.theory.simulate import simulate
 
 SETTING = Setting(20_000, 0.8, 0.6, 0.2, batch=2048)
-DRAWS, STEPS, REPEATS, BLOCK = 8, 12, 400, 256
+DRAWS, STEPS, REPEATS, BLOCK = 24, 12, 400, 256
 STEP_SIZE = 0.01
 RESULT = Path(__file__).parent / "results" / "theory.json"
 
