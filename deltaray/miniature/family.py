@@ -118,9 +118,9 @@ STUDENT_EARLIER = Earlier(
     "student-earlier", hidden=64, layers=3, intermediate=256, forget=0.42, steps=700, of="student", after=100
 )
 OUTLINERS = (
-    Outliner("two", hidden=64, layers=2, intermediate=160, steps=200, sections=2),
-    Outliner("three", hidden=64, layers=2, intermediate=160, steps=200, sections=3),
-    Outliner("student", hidden=64, layers=2, intermediate=256, steps=300, mean=6.0),
+    Outliner("two", hidden=64, layers=2, intermediate=160, steps=100, sections=2),
+    Outliner("three", hidden=64, layers=2, intermediate=160, steps=100, sections=3),
+    Outliner("student", hidden=64, layers=2, intermediate=256, steps=120, mean=6.0),
 )
 SCRIBES = (
     Scribe("mini-xs", hidden=64, layers=2, intermediate=160, steps=500, misread=0.92),
