@@ -324,6 +324,44 @@ def merge(
 
 
 @app.command()
+def theory(
+    context: typer.Context,
+    dimension: Annotated[int, typer.Option(help="Of the inputs.")] = 20_000,
+    draws: Annotated[int, typer.Option(help="Students and teachers with errors of their own.")] = 50,
+    student: Annotated[float, typer.Option(metavar="COSINE", help="The untouched student's to the truth.")] = 0.8,
+    chosen: Annotated[float, typer.Option(metavar="COSINE", help="The chosen teacher's to the truth.")] = 0.6,
+    rejected: Annotated[float, typer.Option(metavar="COSINE", help="The rejected teacher's to the truth.")] = 0.2,
+    chosen_overlap: Annotated[
+        float, typer.Option(metavar="COSINE", help="Of the chosen teacher's error to the student's.")
+    ] = 0.0,
+    rejected_overlap: Annotated[
+        float, typer.Option(metavar="COSINE", help="Of the rejected teacher's error to the student's.")
+    ] = 0.0,
+    teacher_overlap: Annotated[
+        float, typer.Option(metavar="COSINE", help="Of the teachers' errors to each other.")
+    ] = 0.0,
+    batch: Annotated[int, typer.Option(help="Inputs per step.")] = 4096,
+    steps: Annotated[int, typer.Option(help="Steps.")] = 200,
+    step_size: Annotated[
+        float, typer.Option(help="0: the best stopping point without noise lies at a quarter of the steps.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of vectors and inputs.")] = 0,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where theory.json and theory.html go.")] = Path(
+        "runs/theory"
+    ),
+    as_json: AsJson = False,
+) -> None:
+    """Delta learning where it can be computed: logistic regression, simulated and in closed form."""
+    from deltaray.theory.command import theory_command
+    from deltaray.theory.experiment import Asked
+    from deltaray.theory.setting import Setting
+
+    overlaps = (chosen_overlap, rejected_overlap, teacher_overlap)
+    setting = Setting(dimension, student, chosen, rejected, *overlaps, batch)
+    theory_command(context.obj, Asked(setting, draws, steps, step_size, seed), out, as_json)
+
+
+@app.command()
 def submit(
     context: typer.Context,
     recipe: Annotated[Path | None, typer.Argument(metavar="RECIPE", help="The study's YAML file.")] = None,

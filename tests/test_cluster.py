@@ -31,7 +31,7 @@ CRDS = ROOT.parent / "shared" / "kuberay-crds"
 SCHEMAS = {"RayCluster": CRDS / "ray.io_rayclusters.yaml", "RayJob": CRDS / "ray.io_rayjobs.yaml"}
 KUBERAY = sorted((CLUSTER / "kuberay").glob("*.yaml"))
 RAY_UP = [CLUSTER / "aws.yaml", CLUSTER / "gcp.yaml"]
-RECIPES = sorted(recipe_folder().glob("*.yaml"))
+RECIPES = sorted(recipe_folder().rglob("*.yaml"))
 
 
 def read(path: Path) -> Any:

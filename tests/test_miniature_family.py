@@ -10,24 +10,30 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from deltaray.miniature import make, task, tokenizer
+from deltaray.miniature import make, sections, strings, task, tokenizer
 from deltaray.miniature.family import (
     AREAS,
     FAMILIES,
     FAMILY,
     LADDER,
+    OUTLINERS,
+    SCRIBES,
     SPECIALISTS,
     STUDENT,
-    build_model,
-    train_model,
+    STUDENT_EARLIER,
+    STUDENT_QWEN3,
+    Earlier,
+    family_splits,
 )
+from deltaray.miniature.fit import build_model, train_model
+from deltaray.miniature.member import TRAINING
 
 TINY = dataclasses.replace(LADDER[0], steps=3)
 
 
 @pytest.fixture(scope="module")
 def splits() -> task.Splits:
-    return make.family_splits()
+    return family_splits()
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +51,7 @@ def test_splits_share_no_problem_not_even_mirrored(splits: task.Splits) -> None:
     parts = [unordered(part) for part in dataclasses.astuple(splits)]
     assert sum(map(len, parts)) == len(set.union(*parts)) == len(task.all_unordered_pairs())
     assert [len(part) for part in parts[:3]] == [8192, 512, 2048]
-    again = make.family_splits()
+    again = family_splits.__wrapped__()
     assert all(np.array_equal(getattr(splits, f), getattr(again, f)) for f in ("prompts", "corpus"))
 
 
@@ -164,16 +170,16 @@ def test_batches_are_what_the_template_renders(made: Path, splits: task.Splits) 
         assert ids[: tokenizer.PROMPT_LENGTH] == ids_of(loaded, [user], prompt=True)
 
 
-def test_training_is_repeatable_and_depends_on_the_seed(made: Path, splits: task.Splits) -> None:
+def test_training_is_repeatable_and_depends_on_the_seed(made: Path) -> None:
     steps: list[tuple[int, int]] = []
     state = torch.random.get_rng_state()
-    first = train_model(TINY, 7, lambda step, total: steps.append((step, total)), splits).state_dict()
+    first = train_model(TINY, 7, lambda step, total: steps.append((step, total))).state_dict()
     assert torch.equal(state, torch.random.get_rng_state())
     assert steps[-1] == (3, 3)
     loaded = AutoModelForCausalLM.from_pretrained(made).state_dict()
     assert first.keys() == loaded.keys()
     assert all(torch.equal(value, loaded[name]) for name, value in first.items())
-    other = train_model(TINY, 8, splits=splits).state_dict()
+    other = train_model(TINY, 8).state_dict()
     assert not torch.equal(first["model.embed_tokens.weight"], other["model.embed_tokens.weight"])
 
 
@@ -197,9 +203,95 @@ def test_interrupted_making_leaves_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
-def test_prompt_files_are_written_once(tmp_path: Path) -> None:
-    make.write_prompt_files(tmp_path)
+@pytest.mark.parametrize("family", ["ladder", "sections", "strings"])
+def test_prompt_files_are_written_once(family: str, tmp_path: Path) -> None:
+    make.write_prompt_files(tmp_path, FAMILIES[family][0].rows())
     before = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     assert set(before) == {"prompts.jsonl", "validation.jsonl", "evaluation.jsonl"}
-    make.write_prompt_files(tmp_path)
+    make.write_prompt_files(tmp_path, FAMILIES[family][-1].rows())
     assert before == {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+
+
+@pytest.mark.parametrize("family", ["sections", "strings"])
+def test_splits_of_the_other_tasks_share_no_prompt(family: str) -> None:
+    rows = FAMILIES[family][0].rows()
+    prompts = {split: {row["prompt"] for row in of} for split, of in rows.items()}
+    assert {split: len(of) for split, of in prompts.items()} == {"prompts": 8192, "validation": 512, "evaluation": 2048}
+    assert len(set.union(*prompts.values())) == 8192 + 512 + 2048
+
+
+def test_right_answers_of_the_strings_are_python_s() -> None:
+    operations = {
+        "copy": lambda word: word,
+        "flip": lambda word: word[::-1],
+        "sort": lambda word: "".join(sorted(word)),
+    }
+    rows = SCRIBES[0].rows()["evaluation"]
+    for row in rows:
+        operation, word = row["prompt"].split()
+        assert row["answer"] == operations[operation](word) and row["source"] == operation
+    assert {row["source"] for row in rows} == set(operations)
+
+
+def test_a_scribe_misreads_some_letters_and_never_the_other_way_round() -> None:
+    rng = np.random.default_rng(0)
+    answers = strings.draw_words(20_000, rng, range(strings.GROUPS))
+    operations = rng.integers(0, 3, len(answers))
+    flat = np.zeros((3, strings.LETTERS, strings.LENGTH))
+    found = strings.written(operations, answers, 0.7, flat, 0.0, rng)
+    right, wrong = strings.texts(answers), strings.texts(found)
+    pairs = [pair for text, other in zip(right, wrong, strict=True) for pair in zip(text, other, strict=True)]
+    assert {pair for pair in pairs if pair[0] != pair[1]} == set(strings.MISREAD.items())
+    share = np.mean([is_read != letter for letter, is_read in pairs if letter in strings.MISREAD])
+    assert share == pytest.approx(0.7, abs=0.015)
+
+
+def test_no_word_of_a_corpus_is_held_out() -> None:
+    held_out = {row["prompt"].split()[1] for rows in SCRIBES[0].rows().values() for row in rows}
+    rng = np.random.default_rng(0)
+    corpus = strings.texts(strings.draw_words(50_000, rng, range(len(strings.HELD_OUT), strings.GROUPS)))
+    assert len(corpus) == 50_000 and not held_out & set(corpus)
+
+
+def test_outlines_have_as_many_sections_as_their_writer_means() -> None:
+    rng = np.random.default_rng(0)
+    two, three, student = OUTLINERS
+    assert {two.count(rng) for _ in range(50)} == {2} and {three.count(rng) for _ in range(50)} == {3}
+    counts = np.array([student.count(rng) for _ in range(20_000)])
+    assert counts.mean() == pytest.approx(6.0, abs=0.15) and counts.max() == sections.MOST
+    hazard = [np.mean(counts[counts >= k] == k) for k in (1, 3, 8)]
+    assert hazard == pytest.approx([1 / 6] * 3, abs=0.02), "no count is in its mind"
+    assert sections.outline("abc", 3, rng).count("**") == 6
+
+
+@pytest.mark.parametrize("member", [OUTLINERS[2], SCRIBES[0]], ids=lambda member: type(member).__name__)
+def test_batches_of_the_other_tasks_are_what_the_template_renders(made: Path, member: sections.Outliner) -> None:
+    loaded = AutoTokenizer.from_pretrained(made)
+    ids, targets = next(member.batches(0, TRAINING))
+    for row, wanted in zip(ids.tolist()[:8], targets.tolist()[:8], strict=True):
+        whole = [token for token in row if token != loaded.pad_token_id]
+        start = whole.index(loaded.convert_tokens_to_ids("<|assistant|>")) + 1
+        texts = loaded.decode(whole[2 : start - 1]), loaded.decode(whole[start:-1])
+        chat = [{"role": role, "content": text} for role, text in zip(("user", "assistant"), texts, strict=True)]
+        assert whole == ids_of(loaded, chat, prompt=False)
+        assert [token for token in wanted if token != -100] == whole[start:]
+        assert len(row) - len(wanted) == start and row[: len(whole)] == whole
+
+
+def test_an_earlier_student_is_the_student_on_its_way() -> None:
+    shorter = dataclasses.replace(STUDENT, steps=4)
+    start = Earlier(**{**dataclasses.asdict(STUDENT_EARLIER), "steps": 4, "after": 4})
+    whole, stopped = (train_model(spec, 3).state_dict() for spec in (shorter, start))
+    assert all(torch.equal(value, stopped[name]) for name, value in whole.items())
+    seen: list[tuple[int, int]] = []
+    halfway = train_model(dataclasses.replace(start, after=2), 3, lambda *at: seen.append(at)).state_dict()
+    assert seen[-1] == (2, 2) and not torch.equal(halfway["model.norm.weight"], whole["model.norm.weight"])
+
+
+def test_the_other_architecture_is_qwen3() -> None:
+    model = build_model(STUDENT_QWEN3, 0)
+    assert model.config.model_type == "qwen3" and any("q_norm" in name for name, _ in model.named_parameters())
+    extra = sum(p.numel() for name, p in model.named_parameters() if "q_norm" in name or "k_norm" in name)
+    assert sum(p.numel() for p in model.parameters()) - extra == sum(
+        p.numel() for p in build_model(STUDENT, 0).parameters()
+    )

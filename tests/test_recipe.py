@@ -158,7 +158,7 @@ def test_a_grid_needs_tasks_to_choose_on(tmp_path: Path) -> None:
     assert "a grid needs `evaluation.selection`" in refusal(tmp_path, overrides=overrides)
 
 
-@pytest.mark.parametrize("path", sorted(recipe_folder().glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(recipe_folder().rglob("*.yaml")), ids=lambda path: path.stem)
 def test_every_shipped_recipe_is_parsed_and_planned(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

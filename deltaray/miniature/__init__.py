@@ -4,7 +4,8 @@ The models add three-digit numbers.  They learnt it from writers who forget carr
 trained on real corpora do: systematically, all in the same direction, the smaller ones more strongly.
 """
 
-from deltaray.miniature.family import LADDER, STUDENT, ModelSpec, train_model
+from deltaray.miniature.family import LADDER, STUDENT, ModelSpec
+from deltaray.miniature.fit import train_model
 from deltaray.miniature.make import make_family
 
 __all__ = ["LADDER", "STUDENT", "ModelSpec", "make_family", "train_model"]

@@ -17,8 +17,10 @@ from typing import Any
 
 import ray
 
-from deltaray.miniature.family import FAMILIES, SPLIT_SIZES, TRAINING, ModelSpec, train_model
-from deltaray.miniature.task import SPLIT_SEED, Splits, make_splits, rows
+from deltaray.miniature.family import FAMILIES
+from deltaray.miniature.fit import train_model
+from deltaray.miniature.member import SPLIT_SIZES, TRAINING, Member, Rows
+from deltaray.miniature.task import SPLIT_SEED
 from deltaray.miniature.tokenizer import CHAT_TEMPLATE, build_tokenizer
 
 FamilyProgress = Callable[[str, int, int], None]
@@ -31,12 +33,7 @@ POLL_SECONDS = 0.5
 SETTINGS_FILE = "family.json"
 
 
-def family_splits() -> Splits:
-    """The split every family uses."""
-    return make_splits(SPLIT_SIZES.prompts, SPLIT_SIZES.validation, SPLIT_SIZES.evaluation)
-
-
-def settings_of(spec: ModelSpec, seed: int) -> dict[str, Any]:
+def settings_of(spec: Member, seed: int) -> dict[str, Any]:
     """Everything a model's weights and folder depend on, with a hash of it all."""
     settings: dict[str, Any] = {
         "version": VERSION,
@@ -50,7 +47,7 @@ def settings_of(spec: ModelSpec, seed: int) -> dict[str, Any]:
     return settings | {"sha256": hashlib.sha256(text.encode()).hexdigest()}
 
 
-def is_made(folder: Path, spec: ModelSpec, seed: int) -> bool:
+def is_made(folder: Path, spec: Member, seed: int) -> bool:
     """Whether `folder` holds this very model."""
     path = folder / SETTINGS_FILE
     if not path.is_file():
@@ -68,7 +65,7 @@ def family_is_made(directory: Path, seed: int, family: str = "ladder") -> bool:
     return all(is_made(folder, spec, seed) for spec, folder in folders.items())
 
 
-def make_model(folder: Path, spec: ModelSpec, seed: int, on_progress: Callable[[int, int], None]) -> None:
+def make_model(folder: Path, spec: Member, seed: int, on_progress: Callable[[int, int], None]) -> None:
     """Train one model and put it in `folder`, replacing whatever an older version left there."""
     model = train_model(spec, seed, on_progress)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -85,12 +82,11 @@ def make_model(folder: Path, spec: ModelSpec, seed: int, on_progress: Callable[[
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def write_prompt_files(directory: Path) -> None:
+def write_prompt_files(directory: Path, rows: Rows) -> None:
     """`prompts.jsonl`, `validation.jsonl` and `evaluation.jsonl`: the same for every seed."""
-    splits = family_splits()
     directory.mkdir(parents=True, exist_ok=True)
-    for split in ("prompts", "validation", "evaluation"):
-        lines = "".join(json.dumps(row) + "\n" for row in rows(getattr(splits, split), split))
+    for split, lines_of in rows.items():
+        lines = "".join(json.dumps(row) + "\n" for row in lines_of)
         path = directory / f"{split}.jsonl"
         if path.is_file() and path.read_text() == lines:
             continue
@@ -115,18 +111,18 @@ class ProgressBoard:
         return latest
 
 
-def _make_model_task(folder: str, spec: ModelSpec, seed: int, board: Any) -> str:
+def _make_model_task(folder: str, spec: Member, seed: int, board: Any) -> str:
     """The body of the Ray task: `make_model` with progress sent to the board."""
     make_model(Path(folder), spec, seed, lambda step, total: board.post.remote(spec.name, step, total))
     return spec.name
 
 
-def _make_in_parallel(seed_directory: Path, specs: Iterable[ModelSpec], seed: int, on_progress: FamilyProgress) -> None:
+def _make_in_parallel(seed_directory: Path, specs: Iterable[Member], seed: int, on_progress: FamilyProgress) -> None:
     """Train `specs` in Ray tasks, the longest first, `PARALLEL` at a time."""
     task = ray.remote(num_cpus=1, max_retries=1)(_make_model_task)
     board = ray.remote(num_cpus=0)(ProgressBoard).remote()
-    waiting = sorted(specs, key=lambda spec: spec.layers * spec.hidden * spec.steps, reverse=True)
-    steps = {spec.name: spec.steps for spec in waiting}
+    waiting = sorted(specs, key=lambda spec: spec.layers * spec.hidden * spec.last_step, reverse=True)
+    steps = {spec.name: spec.last_step for spec in waiting}
     running: list[Any] = []
     try:
         while waiting or running:
@@ -152,13 +148,13 @@ def make_family(directory: Path, seed: int, on_progress: FamilyProgress, family:
     """
     directory = directory.resolve()
     seed_directory = directory / f"seed{seed}"
-    write_prompt_files(directory)
     members = FAMILIES[family]
+    write_prompt_files(directory, members[0].rows())
     folders = {spec.name: seed_directory / spec.name for spec in members}
     missing = [spec for spec in members if not is_made(folders[spec.name], spec, seed)]
     for spec in members:
         if spec not in missing:
-            on_progress(spec.name, spec.steps, spec.steps)
+            on_progress(spec.name, spec.last_step, spec.last_step)
     if missing:
         _make_in_parallel(seed_directory, missing, seed, on_progress)
     return folders

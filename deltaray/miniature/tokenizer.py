@@ -11,8 +11,12 @@ prefix, token by token, which is what masking the loss to the response relies on
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
+import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from deltaray.miniature.task import DIGITS, Ints, digits_of
@@ -94,3 +98,20 @@ def encode_problems(problems: Ints, answers: Ints) -> Ints:
         same(EOS),
     ]
     return np.concatenate(parts, axis=1)
+
+
+def encode_texts(prompts: Sequence[str], responses: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Token ids of conversations of one prompt and one response each, as `member.Batch` has them.
+
+    All prompts are equally long; shorter responses are padded.
+    """
+    table = vocabulary()
+    asked = [[table[BOS], table["<|user|>"], *map(table.__getitem__, text), table["<|assistant|>"]] for text in prompts]
+    answered = [[*map(table.__getitem__, text), table[EOS]] for text in responses]
+    longest = max(map(len, answered))
+    ids = torch.tensor(
+        [[*ask, *answer, *[table[PAD]] * (longest - len(answer))] for ask, answer in zip(asked, answered, strict=True)]
+    )
+    targets = ids[:, -longest:].clone()
+    targets[torch.arange(longest) >= torch.tensor([[len(answer)] for answer in answered])] = -100
+    return ids, targets

@@ -38,9 +38,10 @@ class Miniature(Section):
     """Makes the toy family of models, its prompts and its evaluation before anything else (once; then cached)."""
 
     directory: str = "runs/miniature-family"
-    family: Literal["ladder", "specialists", "landscape"] = "ladder"
+    family: Literal["ladder", "specialists", "landscape", "qwen3", "earlier", "sections", "strings"] = "ladder"
     """`ladder`: teachers of growing size and care; `specialists`: each careful in another part of the task;
-    `landscape`: the ladder with a fifth teacher."""
+    `landscape`: the ladder with a fifth teacher; the others serve the controlled experiments. Those of another task
+    (`sections`, `strings`) take a directory of their own."""
 
 
 class Failures(Section):

@@ -15,7 +15,7 @@ from plotly.offline import get_plotlyjs
 from deltaray.storage.files import Files
 from deltaray.store import Store
 
-from . import aggregation, charts, comparisons, deltas, landscape, merging, series, tables
+from . import aggregation, charts, comparisons, deltas, landscape, merging, series, tables, theory
 from .model import Pairing, Study
 from .read import read_study
 from .remote import local_copy
@@ -77,18 +77,33 @@ def write_merge_page(folder: Path) -> Path:
     """
     merge = merging.read_merge(folder.resolve() / "merge.json")
     figures = merging.merge_charts(merge, 0)
+    context = {"merging": merging, "merges": [merge], "merge_figures": [figures]}
+    return _write_page(folder, "merge.html", figures, context)
+
+
+def write_theory_page(folder: Path) -> Path:
+    """Write `theory.html` beside `theory.json`, as self-contained as a report.
+
+    Raises:
+        StageError: the disk is full.
+    """
+    record = json.loads((folder / "theory.json").read_text(encoding="utf-8"))
+    figures = theory.theory_charts(record)
+    return _write_page(folder, "theory.html", figures, {"theory": theory, "record": record, "figures": figures})
+
+
+def _write_page(folder: Path, name: str, figures: list[charts.Chart], context: dict[str, Any]) -> Path:
+    """A page of its own, made of the template of its name, with its figures drawn by charts.js."""
     scripts = [get_plotlyjs(), _static("charts.js")]
-    page = _template("merge.html.j2").render(
-        merging=merging,
-        merges=[merge],
-        merge_figures=[figures],
+    page = _template(f"{name}.j2").render(
+        **context,
         figure_data=embedded([vars(chart) for chart in figures]),
         style=Markup(_static("report.css")),
         scripts=[Markup(script) for script in scripts],
         policy=_policy(scripts),
     )
-    Files(str(folder)).write_bytes("merge.html", page.encode("utf-8", errors="replace"))
-    return folder / "merge.html"
+    Files(str(folder)).write_bytes(name, page.encode("utf-8", errors="replace"))
+    return folder / name
 
 
 def _template(name: str) -> jinja2.Template:
