@@ -19,6 +19,7 @@ from deltaray.store import Store
 ROOT = Path(__file__).parent.parent
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Shares the tests out: a file is one process's, and so are the study's, which come first for they take longest."""
     for item in items:
