@@ -19,7 +19,7 @@ demo: .venv/ready-$(EXTRA)
 	$(BIN)/deltaray demo $(ARGS)
 
 test: .venv/ready-$(EXTRA)-dev lint tools
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder $(ARGS)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: .venv/ready-$(EXTRA)-dev
 	$(BIN)/ruff check .
