@@ -190,7 +190,9 @@ def test_trials_have_room_as_a_whole_or_wait() -> None:
     assert trial_demand(gpus, Capacity(64, 10)).gpus == 4 and at_once(gpus, Capacity(64, 10)) == 2
     with pytest.raises(UserError, match=r"a trial needs 2.25 CPUs, the cluster has 2;"):
         at_once(base, Capacity(2, 0))
-    assert "3 at once (9 are asked for, the cluster has 8 CPUs)" in Explorer(base, Store("unused")).room(CLUSTER)
+    explorer = Explorer(base, Store("unused"))
+    assert "3 at once (9 are asked for, the cluster has 8 CPUs)" in explorer.room(CLUSTER)
+    assert explorer.room(Capacity(0, 0)).startswith("9 at once as far as")  # a cluster that is joined later
 
 
 # --- records and the search's memory ----------------------------------------------------------------------------
