@@ -4,6 +4,7 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
@@ -15,6 +16,7 @@ from deltaray.reference.stage import references_needed
 from deltaray.runtime.session import Capacity
 from deltaray.store import Store
 from deltaray.tune.conclude import conclude, front, points_of
+from deltaray.tune.follow import Follower
 from deltaray.tune.records import is_over, read_records, write_record
 from deltaray.tune.results import change_of, over_seeds
 from deltaray.tune.search import TpeSearch
@@ -188,7 +190,9 @@ def test_trials_have_room_as_a_whole_or_wait() -> None:
     assert trial_demand(gpus, Capacity(64, 10)).gpus == 4 and at_once(gpus, Capacity(64, 10)) == 2
     with pytest.raises(UserError, match=r"a trial needs 2.25 CPUs, the cluster has 2;"):
         at_once(base, Capacity(2, 0))
-    assert "3 at once (9 are asked for, the cluster has 8 CPUs)" in Explorer(base, Store("unused")).room(CLUSTER)
+    explorer = Explorer(base, Store("unused"))
+    assert "3 at once (9 are asked for, the cluster has 8 CPUs)" in explorer.room(CLUSTER)
+    assert explorer.room(Capacity(0, 0)).startswith("9 at once as far as")  # a cluster that is joined later
 
 
 # --- records and the search's memory ----------------------------------------------------------------------------
@@ -209,6 +213,28 @@ def test_trials_are_over_for_the_seeds_that_they_had(tmp_path: Path) -> None:
     assert not is_over(records[first.name], [0, 1]) and not is_over(records[second.name], [0], retry_failed=True)
     base = expand(recipe_of())
     assert Explorer(base, store).left() == 4 and Explorer(base, store, retry_failed=True).left() == 5
+
+
+def test_trials_that_cannot_write_their_own_record_get_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trial that the scheduler stops, and one whose process dies: Ray Tune tells the driver of both."""
+    monkeypatch.setattr(Follower, "_clear", lambda *_: None)  # it asks Ray to remove checkpoints
+    store, recipe, said = Store(str(tmp_path)), recipe_of(), list[str]()
+    shown = SimpleNamespace(update=lambda *_, **__: None)
+    follower = Follower(recipe, store, shown, said.append, 3)
+    first, second, third = grid(recipe)[:3]
+    ends = {
+        first.name: SimpleNamespace(config={"choice": first.choice}, last_result={"phase": "train", "evaluations": 2}),
+        second.name: SimpleNamespace(config={"choice": second.choice}, last_result={}, get_error=lambda: "x\nKilled\n"),
+        third.name: SimpleNamespace(config={"choice": third.choice}, last_result={"phase": "finished", "mean": 0.5}),
+    }
+    follower.on_trial_complete(1, [], ends[first.name])
+    follower.on_trial_error(1, [], ends[second.name])
+    follower.on_trial_complete(1, [], ends[third.name])
+    records = read_records(store)
+    assert records[first.name]["state"] == "stopped" and "after evaluation 2" in records[first.name]["reason"]
+    assert records[second.name]["reason"] == "died in every attempt: Killed"
+    assert third.name not in records and said[2].endswith("finished: mean 0.5")  # that one has written its own
+    assert all(is_over(records[trial.name], [0]) for trial in (first, second))
 
 
 def test_all_failed_is_a_failure_of_the_command(tmp_path: Path) -> None:

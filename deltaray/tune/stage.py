@@ -47,8 +47,10 @@ class Explorer:
         return max(0, count_of(self.study) - len(self.over(self.retry_failed)))
 
     def room(self, capacity: Capacity) -> str:
-        """How many trials run side by side, and what each takes."""
+        """How many trials run side by side, and what each takes; of a cluster not asked yet nothing is known."""
         needs, asked = trial_demand(self.study, capacity), explored(self.study.recipe).trials_at_once
+        if not capacity.cpus:
+            return f"{asked} at once as far as the cluster has room, each takes at most {_shown(needs)}"
         side = at_once(self.study, capacity)
         takes = f"each takes at most {_shown(needs)}"
         limit = "" if side == asked else f" ({asked} are asked for, the cluster has {_shown(capacity)})"
