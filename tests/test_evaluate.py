@@ -131,7 +131,7 @@ def scored(tmp_path_factory: pytest.TempPathFactory, ray_session: Any) -> tuple[
         for model, right in {"student": 1, "weak": 3}.items():
             answer(store, model, "code", {"c0": [PROGRAMS["right"]] * right + [PROGRAMS["wrong"]] * (4 - right)})
         answer(store, "student", "sums", {f"s{n}": [str(n + 1)] for n in range(6)})
-        answer(store, "weak", "sums", {f"s{n}": [text] for n, text in enumerate(["1", "", "cut", "no idea", "6", "7"])})
+        answer(store, "weak", "sums", {f"s{n}": [text] for n, text in enumerate(["1", "", "cut", "no idea", "5", "7"])})
         answer(store, "student", "lines", {"o0": ["a"], "o1": ["a\nb"]})
         answer(store, "weak", "lines", {"o0": ["a\nb\nc"], "o1": ["a"]})
         answer(store, "student", "pairs", {"o0": ["mule"], "o1": ["mule"]})
@@ -233,9 +233,9 @@ def test_the_terminal_and_the_report_say_the_same(scored: tuple[Study, Store], s
     text = console.export_text()
     assert "33.3 ± 21.1 ▼" in text and "student is better" in text and "not told apart" in text
     results = {name: store.read_json(Store.evaluation(name)) for name in ("student", "weak")}
-    assert answers_text(results) == [
-        "weak on sums: of 6 answers 1 failed, 1 cut at max_tokens, 3 no number",
-    ]
+    told = answers_text(results)
+    assert "weak on sums: of 6 answers 1 failed, 1 cut at max_tokens, 3 no number" in told
+    assert not any("student on sums" in line for line in told)
     page = Path(write_report(store)).read_text()
     assert "Models against models" in page and "student is better" in page and "3 no number" in page
     assert "could not be read" not in page and 'class="sortable"' in page
@@ -310,7 +310,7 @@ def test_scorers_that_need_no_answer_take_prompts_without(tmp_path: Path) -> Non
 )
 def test_impossible_evaluations_are_refused_with_their_line(tmp_path: Path, old: str, new: str, problem: str) -> None:
     message = refusal(tmp_path, GOOD.replace(old, new))
-    assert problem in message and f"{tmp_path / 'recipe.yaml'}:" in message
+    assert problem in message and message.startswith("recipe.yaml:")
 
 
 def test_nothing_to_evaluate_is_refused(tmp_path: Path) -> None:

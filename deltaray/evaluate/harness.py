@@ -28,7 +28,7 @@ from deltaray.runtime.stream import map_units
 from deltaray.store import Store
 
 
-def harness_definition(study: Study, name: str, task: HarnessTask) -> dict[str, Any]:
+def harness_definition(study: Study, task: HarnessTask) -> dict[str, Any]:
     """What decides a task's value besides the model."""
     harness = study.recipe.evaluation and study.recipe.evaluation.harness
     assert harness
@@ -57,7 +57,7 @@ def _unit(study: Study, name: str, model: Teacher, task: str, spec: HarnessTask)
     evaluation = study.recipe.evaluation
     assert evaluation is not None and evaluation.harness is not None
     asked = model.model_copy(update={"sampling": Sampling()})
-    identity = identity_digest(generation_identity(asked) | harness_definition(study, task, spec))
+    identity = identity_digest(generation_identity(asked) | harness_definition(study, spec))
     include = [str(Path(folder).expanduser().absolute()) for folder in evaluation.harness.include]
     section = evaluation.harness.model_copy(update={"tasks": {}, "include": include})
     return {

@@ -246,5 +246,5 @@ def definitions(study: Study) -> dict[str, dict[str, Any]]:
             found[f"evaluation/task={name}"] = {"sampling": task.sampling.model_dump(mode="json"), **scored}
     if recipe.evaluation is not None:
         for name, benchmark in recipe.evaluation.harness_tasks.items():
-            found[f"evaluation/harness={name}"] = harness_definition(study, name, benchmark)
+            found[f"evaluation/harness={name}"] = harness_definition(study, benchmark)
     return found

@@ -10,7 +10,7 @@ from deltaray.errors import UserError
 from deltaray.recipe import Recipe
 
 MAX_MIB = 32
-FILE_KEYS = ("path", "paths", "model", "adapter", "adapters", "chat_template")
+FILE_KEYS = ("path", "paths", "include", "model", "adapter", "adapters", "chat_template")
 """Keys of a recipe that may name files."""
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".jinja", ".txt")
 
