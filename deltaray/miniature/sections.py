@@ -53,7 +53,7 @@ class Outliner(Member):
             yield encode_texts(topics, [outline(topic, self.count(rng), rng) for topic in topics])
 
     def rows(self) -> Rows:
-        """Topics; the same letters may occur in a corpus, because there is nothing to be remembered about them."""
+        """Topics. None has a right answer; the same letters may occur in a corpus, for there is nothing to remember."""
         topics = np.random.default_rng(SPLIT_SEED).permutation(len(LETTERS) ** TOPIC)
         sizes = {
             "prompts": SPLIT_SIZES.prompts,
@@ -64,7 +64,12 @@ class Outliner(Member):
         parts = np.split(topics, ends)[:-1]
         return {
             split: [
-                {"id": f"{split}-{place:05d}", "prompt": topic_text(int(number)), "source": f"sections-{split}"}
+                {
+                    "id": f"{split}-{place:05d}",
+                    "prompt": topic_text(int(number)),
+                    "answer": "",
+                    "source": f"sections-{split}",
+                }
                 for place, number in enumerate(part)
             ]
             for split, part in zip(sizes, parts, strict=True)
