@@ -62,7 +62,9 @@ Ran = tuple[Study, Store, dict[str, Teacher]]
 def ran(tasks: str, models: dict[str, str], ray_session: Any) -> Ran:
     """Two models, of which one was trained in this session, through four tasks and one engine."""
     study = harness_study(Path(tasks).parent, include=[tasks], tasks=TASKS)
-    store, answering = Store(study.recipe.out), {name: Teacher(model=path) for name, path in models.items()}
+    exact = {"dtype": "float32"}  # as the other side computes; `auto` takes the bfloat16 that the models are stored in
+    answering = {name: Teacher.model_validate({"model": path, "engine": exact}) for name, path in models.items()}
+    store = Store(study.recipe.out)
     said: list[str] = []
     units = missing_benchmarks(study, store, answering)
     run_benchmarks(store, units, Capacity(8, 0), lambda *_: None, said.append)

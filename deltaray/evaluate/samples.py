@@ -76,10 +76,9 @@ def headline(name: str, spec: HarnessTask, documents: Sequence[Mapping[str, floa
     if asked is not None:
         matching = [metric for metric in reversed(known) if asked in (metric, metric.partition(",")[0])]
     if not matching:
-        problem = f"has no metric {asked!r} with one number per document" if asked else "has no such metric"
-        raise UserError(
-            f"evaluation.harness.tasks.{name}.metric: {problem}; write one of: {', '.join(known) or 'none'}"
-        )
+        problem = f"has no metric {asked!r} with" if asked else "has no metric with"
+        written = f"write one of: {', '.join(known)}" if known else "leave the task out"
+        raise UserError(f"evaluation.harness.tasks.{name}.metric: {problem} one number per document; {written}")
     return matching[0]
 
 
