@@ -14,6 +14,7 @@ from test_recipe import GOOD, load, refusal
 
 from deltaray.contracts import RESPONSES
 from deltaray.errors import StageError, UserError
+from deltaray.evaluate import select
 from deltaray.evaluate.check import check_answers
 from deltaray.evaluate.compare import check_names, compare, compare_all, compare_two
 from deltaray.evaluate.local import task_result, unscored_answers
@@ -353,3 +354,34 @@ def test_labels_become_answers(tmp_path: Path) -> None:
     assert [row["answer"] for row in sources["constant"].rows()] == ["refuse", "refuse"]
     with pytest.raises(UserError, match=r"rows.jsonl:2: the answer 'unsafe' is none of safe \(answers\)"):
         list(sources["wrong"].rows())
+
+
+# --- grids --------------------------------------------------------------------------------------------------------
+def test_when_another_candidate_wins_it_takes_the_grids_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = {"path": "unused.jsonl"}
+    sections: dict[str, Any] = {
+        "pairings": {"pairs": {"chosen": "a", "rejected": "b"}},
+        "teachers": {"a": {"model": "m"}, "b": {"model": "m"}},
+        "prompts": task,
+        "student": {"model": "m"},
+        "training": {"runs": {"sft": {"pairing": "pairs", "loss": "sft", "learning_rate": [1e-4, 1e-3]}}},
+        "evaluation": {"tasks": {"sums": task}, "selection": {"choice": task}},
+    }
+    study = expand(Recipe.model_validate({"name": "grid", "out": str(tmp_path / "out"), **sections}))
+    store, means = Store(study.recipe.out), {"sft-lr0.0001": 0.1, "sft-lr0.001": 0.2}
+    for name in means:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "weights").write_text(name)
+        store.put_folder(tmp_path / name, Store.student(name))
+        store.write_bytes(f"{Store.training(name)}/metrics.jsonl", name.encode())
+    monkeypatch.setattr(select, "evaluation_of", lambda store, name, *_: {"mean": means[name]})
+
+    def taken() -> tuple[str, bytes, bytes]:
+        chosen = select.choose_candidates(study, store)["sft"]
+        store.write_json(Store.evaluation("sft"), chosen)
+        files = (f"{Store.student('sft')}/weights", f"{Store.training('sft')}/metrics.jsonl")
+        return chosen["selected"], store.read_bytes(files[0]), store.read_bytes(files[1])
+
+    for winner in ("sft-lr0.001", "sft-lr0.0001"):
+        assert taken() == taken() == (winner, winner.encode(), winner.encode())
+        means["sft-lr0.0001"] = 0.3

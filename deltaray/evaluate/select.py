@@ -32,12 +32,19 @@ def _choose(study: Study, store: Store, name: str, candidates: list[str]) -> dic
     assert evaluation is not None
     values = {item: evaluation_of(store, item, item, evaluation.selection)["mean"] for item in candidates}
     winner = candidates[int(np.argmax(list(values.values())))]
-    if not store.trained(name):
+    if not store.trained(name) or _taken_from(store, name) != winner:
         _copy(store, winner, name)
     metrics = f"{Store.training(winner)}/metrics.jsonl"
     with store.filesystem.open_input_file(metrics) as source:
         store.write_bytes(f"{Store.training(name)}/metrics.jsonl", source.read())
     return {"selected": winner, "selection": values}
+
+
+def _taken_from(store: Store, name: str) -> str | None:
+    """The winner of the last time: another grid may have another one."""
+    path = Store.evaluation(name)
+    selected: str | None = store.read_json(path).get("selected") if store.exists(path) else None
+    return selected
 
 
 def _copy(store: Store, winner: str, name: str) -> None:
