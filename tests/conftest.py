@@ -79,8 +79,8 @@ class StudyRun:
 
     out: Path
     arguments: tuple[str, ...]
-    interrupted: tuple[Finished, Finished]  # while generating, while training
-    killed: Finished
+    killed: Finished  # while generating
+    interrupted: Finished  # while training
     finished: Finished
 
     @property
@@ -106,7 +106,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> StudyRun:
 
 
 def run_study(out: Path) -> StudyRun:
-    """The shipped miniature, interrupted twice, killed once, then run to its end. Its family is cached in runs/."""
+    """The shipped miniature, killed once, interrupted once, then run to its end. Its family is cached in runs/."""
     recipe = str(shipped_recipe("miniature"))
     arguments = ("--set", f"out={out}", "--set", "training.runs.sft.learning_rate=[1e-4,1e-3]")
 
@@ -114,11 +114,8 @@ def run_study(out: Path) -> StudyRun:
         return lambda: len(list(out.glob(pattern))) >= files
 
     units, students = ".deltaray/units/**/*.parquet", "students/[a-z]*/config.json"
-    interrupted = (
-        deltaray("generate", recipe, *arguments, until=there_are(1, units), kill=signal.SIGINT),
-        deltaray("run", recipe, *arguments, until=there_are(1, students), kill=signal.SIGINT),
-    )
-    killed = deltaray("train", recipe, *arguments, until=there_are(2, students), kill=signal.SIGKILL)
+    killed = deltaray("generate", recipe, *arguments, until=there_are(1, units), kill=signal.SIGKILL)
+    interrupted = deltaray("run", recipe, *arguments, until=there_are(2, students), kill=signal.SIGINT)
     finished = deltaray("run", recipe, *arguments)
     assert finished.code == 0, finished.stderr[-3000:]
-    return StudyRun(out, arguments, interrupted, killed, finished)
+    return StudyRun(out, arguments, killed, interrupted, finished)

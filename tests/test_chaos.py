@@ -37,7 +37,7 @@ from deltaray.runtime.preflight import definitions, prompt_source
 from deltaray.store import Store
 
 ray.cloudpickle.register_pickle_by_value(fake_engine)
-KILLS = 6
+KILLS = 4
 SMALL = {"cluster": {"cpus": 4}}
 
 
