@@ -18,9 +18,8 @@ INSTALL := $(BIN)/uv pip install --python $(BIN)/python --compile-bytecode \
 demo: .venv/ready-$(EXTRA)
 	$(BIN)/deltaray demo $(ARGS)
 
-# Two processes share the files out; threads of theirs that wait for each other in a spin would slow both.
 test: .venv/ready-$(EXTRA)-dev lint tools
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(BIN)/python -m pytest $(ARGS)
 
 lint: .venv/ready-$(EXTRA)-dev
 	$(BIN)/ruff check .

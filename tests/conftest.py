@@ -1,7 +1,6 @@
 """What the suite shares: one Ray for tests inside this process, one study run through the command line."""
 
 import os
-import pickle
 import signal
 import subprocess
 import sys
@@ -12,19 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from filelock import FileLock
 
 from deltaray.recipe import Recipe, load_recipe, shipped_recipe
 from deltaray.runtime.session import init_ray
 from deltaray.store import Store
 
 ROOT = Path(__file__).parent.parent
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The file that makes the study comes first, for it takes longest; others that look at it come last."""
-    lookers = {item.path for item in items if "study" in getattr(item, "fixturenames", ())}
-    items.sort(key=lambda item: (item.path.name != "test_study.py", item.path in lookers))
 
 
 @pytest.fixture(scope="session")
@@ -94,19 +86,8 @@ class StudyRun:
 
 @pytest.fixture(scope="session")
 def study(tmp_path_factory: pytest.TempPathFactory) -> StudyRun:
-    """The study of all tests, also of those that run side by side in another process (xdist)."""
-    if "PYTEST_XDIST_WORKER" not in os.environ:
-        return run_study(tmp_path_factory.mktemp("miniature") / "study")
-    folder = tmp_path_factory.getbasetemp().parent  # of all processes
-    with FileLock(folder / "study.lock"):
-        if not (folder / "study.pickle").exists():
-            (folder / "study.pickle").write_bytes(pickle.dumps(run_study(folder / "miniature" / "study")))
-    found: StudyRun = pickle.loads((folder / "study.pickle").read_bytes())
-    return found
-
-
-def run_study(out: Path) -> StudyRun:
     """The shipped miniature, killed once, interrupted once, then run to its end. Its family is cached in runs/."""
+    out = tmp_path_factory.mktemp("miniature") / "study"
     recipe = str(shipped_recipe("miniature"))
     arguments = ("--set", f"out={out}", "--set", "training.runs.sft.learning_rate=[1e-4,1e-3]")
 

@@ -138,7 +138,7 @@ def test_nodes_come_with_the_work_and_go_after_it(cluster: Growing, tmp_path: Pa
     ended.set()
     watcher.join()
     assert done.returncode == 0, done.stderr[-3000:]
-    assert min(seen) == 0 and max(seen) == MOST  # none before the first demand, never more than allowed
+    assert min(seen) == 0 and 2 <= max(seen) <= MOST  # none before the first demand, never more than allowed
     assert len(list(marks.iterdir())) >= 2  # the work was shared
     keys = Store(str(tmp_path / "out")).read_tables(Store.responses("weak"), RESPONSES, ["prompt_id"])["prompt_id"]
     assert len(keys) == len(set(keys.to_pylist())) == PROMPTS

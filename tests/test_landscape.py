@@ -105,7 +105,7 @@ def test_the_report_draws_it_and_lists_all_trials(tmp_path: Path):
     html = build_report(tmp_path).read_text(encoding="utf-8")
     assert found["summary"].replace("'", "&#39;") in html and "2 finished, 1 failed" in html
     assert "&lt;b&gt;no pair&lt;/b&gt; is left" in html and "<b>no pair" not in html
-    assert html.index('data-key="0.1234"') and html.count('<tr><th scope="row" data-key') == 3
+    assert html.index('data-sort="0.1234"') and html.count('<tr><th scope="row" data-sort') == 3
 
     def plain(value):
         if isinstance(value, dict):
