@@ -81,6 +81,7 @@ def answers_of(trainer: Trainer, student: Student, training: Training, run: Trai
 
 def compare(out: Path, layout: dict, settings: dict) -> dict:
     student = Student(model=save_tiny(out / "student", vocabulary=2048), quantize=layout.pop("quantize", None))
+    address = layout.pop("store", str(out / "store"))
     if folder := layout.get("offload_folder"):
         layout["offload_folder"] = str(out / folder)
     training = Training(runs={}, tokens_per_pass=80, **{"dtype": "float32"} | layout)
@@ -104,11 +105,11 @@ def compare(out: Path, layout: dict, settings: dict) -> dict:
     on_disk = size_of(training.offload_folder)
     stop_engine(whole.engine)
 
-    checkpoints = Checkpoints(Store(str(out / "store")), "run")
+    checkpoints = Checkpoints(Store(address), "run")
     first = Trainer(training, student, run, data, 0)
     again = steps(first, 0, RESTART)
     checkpoints.save(first.engine, checkpoints.new_name(RESTART), {"step": RESTART, "data": data.fingerprint})
-    full = Checkpoints(FullStore(str(out / "store")), "run")
+    full = Checkpoints(FullStore(address), "run")
     refusal = refused(
         lambda: full.save(first.engine, full.new_name(RESTART + 1), {"step": 9, "data": data.fingerprint})
     )

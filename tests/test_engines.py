@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from s3_server import serve
 
 LORA = {"rank": 4, "alpha": 8, "dropout": 0.1}
 CASES = {
@@ -20,6 +21,7 @@ CASES = {
     "ZeRO 2, LoRA with dropout, bfloat16": ({"zero_stage": 2, "dtype": "bfloat16"}, {"lora": LORA}),
     "ZeRO 3, QLoRA": ({"quantize": "nf4", "gradient_checkpointing": True}, {"lora": LORA}),
     "ZeRO 3, kto": ({}, {"loss": "kto"}),
+    "ZeRO 1, checkpoints on S3": ({"zero_stage": 1, "store": "s3://"}, {}),
 }
 if os.environ.get("DELTARAY_TEST_DISK"):  # DeepSpeed's disk access takes minutes to compile, and needs libaio
     CASES["ZeRO 3, offloaded to a disk"] = ({"offload_folder": "disk"}, {})
@@ -27,9 +29,14 @@ if os.environ.get("DELTARAY_TEST_DISK"):  # DeepSpeed's disk access takes minute
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    script = Path(__file__).parent / "engine_matrix.py"
-    command = [sys.executable, str(script), str(tmp_path_factory.mktemp("engines")), json.dumps(list(CASES.values()))]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    script, folder = Path(__file__).parent / "engine_matrix.py", tmp_path_factory.mktemp("engines")
+    keys = {"AWS_ACCESS_KEY_ID": "name", "AWS_SECRET_ACCESS_KEY": "word", "AWS_EC2_METADATA_DISABLED": "true"}
+    with serve() as server:
+        server.ask("PUT", "bucket")
+        cases = json.dumps(list(CASES.values())).replace('"s3://"', json.dumps(server.out("bucket")))
+        command = [sys.executable, str(script), str(folder), cases]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | keys)
+        assert any("checkpoints" in key for key in server.keys("bucket"))
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     return dict(zip(CASES, lines, strict=True))
