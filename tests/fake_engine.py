@@ -10,6 +10,7 @@ import asyncio
 import hashlib
 import json
 import os
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,6 +26,7 @@ class Behaviour:
     delay: float = 0.0  # seconds per unit
     failing: float = 0.0  # share of the rows that fail, always the same ones
     marks: str | None = None  # a folder in which every unit leaves a line when it starts
+    replicas: int = 1  # nothing is answered before so many replicas of the pool have marked a unit
 
     def variable(self) -> dict[str, str]:
         """The environment of a command that behaves so."""
@@ -57,6 +59,7 @@ class FakeEngine:
     async def generate(self, unit: Mapping[str, Any]) -> list[list[dict[str, Any]]]:
         if self.behaviour.marks:
             _mark(Path(self.behaviour.marks), unit)
+            await self._company(Path(self.behaviour.marks), unit["name"])
         if self.behaviour.delay:
             await asyncio.sleep(self.behaviour.delay)
         temperature = json.loads(unit["sampling"])["temperature"]
@@ -66,8 +69,21 @@ class FakeEngine:
             for prompt_id in unit["prompt_ids"]
         ]
 
+    async def _company(self, marks: Path, name: str) -> None:
+        deadline = time.monotonic() + 300
+        while sum(replica_of(file) == name for file in marks.iterdir()) < self.behaviour.replicas:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"the pool of {name} did not grow to {self.behaviour.replicas} replicas")
+            await asyncio.sleep(0.1)
+
     def close(self) -> None:
         pass
+
+
+def replica_of(file: Path) -> str:
+    """The teacher whose replica left this file of marks; empty before its first line is written."""
+    line = file.read_text().partition("\n")[0]
+    return json.loads(line)["name"] if line else ""
 
 
 def answer_text(name: str, prompt_id: str, sample: int, temperature: float) -> str:

@@ -25,7 +25,7 @@ from deltaray.runtime.session import Capacity
 from deltaray.store import Store
 
 ray.cloudpickle.register_pickle_by_value(fake_engine)
-UNITS = 40
+UNITS = 24
 
 
 @pytest.fixture(scope="module")
@@ -49,11 +49,11 @@ def test_a_pool_grows_shares_the_cluster_and_gives_it_back(
 ) -> None:
     """Two pools of one to three replicas with two CPUs each: one after the other on eight.
 
-    One replica would need 16 seconds for its units, several times what a second takes to start.
+    No unit is answered before its pool has two replicas.
     """
     marks, store = tmp_path / "marks", Store(str(tmp_path / "out"))
     marks.mkdir()
-    spec = FakeSpec(Behaviour(delay=0.8, marks=str(marks)), cpus=2, max_replicas=3, requests_in_flight=2)
+    spec = FakeSpec(Behaviour(delay=0.05, marks=str(marks), replicas=2), cpus=2, max_replicas=3, requests_in_flight=2)
     monkeypatch.setattr(share, "pool_spec", lambda teachers, capacity: spec)
     monkeypatch.setattr(share, "_engine_key", lambda teacher, adapted: teacher.model_dump_json() + str(id(teacher)))
     works = [work(store, tokenizer, name) for name in ("a", "b")]
@@ -67,7 +67,8 @@ def test_a_pool_grows_shares_the_cluster_and_gives_it_back(
     for file in marks.iterdir():
         for line in file.read_text().splitlines():
             replicas[json.loads(line)["name"]].add(file.stem)
-    assert all(2 <= len(pids) <= 3 for pids in replicas.values()) and not replicas["a"] & replicas["b"]
+    assert all(2 <= len(pids) <= 3 for pids in replicas.values()), replicas
+    assert not replicas["a"] & replicas["b"]
     for name in replicas:
         files = store.committed(Store.responses(name))
         keys = [key for file in files for key in pq.read_table(Path(store.out) / file)["prompt_id"].to_pylist()]
