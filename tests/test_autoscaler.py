@@ -122,7 +122,8 @@ def test_nodes_come_with_the_work_and_go_after_it(cluster: Growing, tmp_path: Pa
     wait_for(cluster.gpu_nodes, 0)
     marks = tmp_path / "marks"
     marks.mkdir()
-    environment = os.environ | Behaviour(delay=0.1, marks=str(marks), replicas=2).variable() | {"RAY_AUTH_MODE": "disabled"}
+    behaviour = Behaviour(delay=0.1, marks=str(marks), replicas=2)
+    environment = os.environ | behaviour.variable() | {"RAY_AUTH_MODE": "disabled"}
     command = [sys.executable, str(ROOT / "tests" / "fake_engine.py"), "generate", str(recipe_at(tmp_path, cluster))]
     seen, ended = Counter[int](), threading.Event()
 

@@ -100,6 +100,7 @@ def test_a_studys_numbers_arrive_and_its_alarm_is_raised(address: str, ray_sessi
     told.stage("generate", "teacher …", 3, 12)
     told.funnel("delta", [{"stage": "tied", "in": 9, "out": 5, "removed": 4}])
     told.training("run", 7, {"loss": 0.25, "rewards_accuracy": None, "signatures": ["collapse"]})
+    told.trials({"running": 2, "failed": 0})
     told.spent(gpus=8, working=True)
     study = '{study="observed"}'
 
@@ -109,6 +110,7 @@ def test_a_studys_numbers_arrive_and_its_alarm_is_raised(address: str, ray_sessi
     assert value(f"ray_deltaray_stage_done{study} / ray_deltaray_stage_total{study}") == 0.25
     assert (value(f"ray_deltaray_pairs{study}"), value(f"ray_deltaray_pairs_removed{study}")) == (5, 4)
     assert (value(f"ray_deltaray_training_loss{study}"), value(f"ray_deltaray_training_step{study}")) == (0.25, 7)
+    assert value('sum by (state) (ray_deltaray_trials{study="observed"} > 0)') == 2
     assert not ask(address, f"ray_deltaray_training_rewards_accuracy{study}")
     assert value(f"ray_deltaray_cost{study}") == pytest.approx(3 * value(f"ray_deltaray_gpu_hours{study}"), rel=1e-6)
     alert = 'ALERTS{alertname="TrainingAlarm", run="run", signature="collapse", alertstate="firing"}'

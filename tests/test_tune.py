@@ -220,7 +220,8 @@ def test_trials_that_cannot_write_their_own_record_get_one(tmp_path: Path, monke
     monkeypatch.setattr(Follower, "_clear", lambda *_: None)  # it asks Ray to remove checkpoints
     store, recipe, said = Store(str(tmp_path)), recipe_of(), list[str]()
     shown = SimpleNamespace(update=lambda *_, **__: None)
-    follower = Follower(recipe, store, shown, said.append, 3)
+    counts: list[dict[str, int]] = []
+    follower = Follower(recipe, store, shown, said.append, counts.append, 3)
     first, second, third = grid(recipe)[:3]
     ends = {
         first.name: SimpleNamespace(config={"choice": first.choice}, last_result={"phase": "train", "evaluations": 2}),
@@ -233,6 +234,7 @@ def test_trials_that_cannot_write_their_own_record_get_one(tmp_path: Path, monke
     records = read_records(store)
     assert records[first.name]["state"] == "stopped" and "after evaluation 2" in records[first.name]["reason"]
     assert records[second.name]["reason"] == "died in every attempt: Killed"
+    assert counts[-1] == {"waiting": 0, "running": 0, "finished": 1, "stopped": 1, "failed": 1}
     assert third.name not in records and said[2].endswith("finished: mean 0.5")  # that one has written its own
     assert all(is_over(records[trial.name], [0]) for trial in (first, second))
 

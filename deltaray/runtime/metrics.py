@@ -46,6 +46,7 @@ STUDY_METRICS = {
     **{f"deltaray_training_{key}": Metric("gauge", what, _RUN) for key, what in TRAINING.items()},
     "deltaray_training_step": Metric("gauge", "Optimizer steps done.", _RUN),
     "deltaray_training_alarms": Metric("counter", "Failure signatures that fired, by name.", (*_RUN, "signature")),
+    "deltaray_trials": Metric("gauge", "Trials of this command by state.", ("study", "state")),
     "deltaray_gpu_hours": Metric("gauge", "GPUs of the cluster times the hours of this command's stages.", ("study",)),
     "deltaray_cost": Metric("gauge", "Those at `cluster.gpu_hour_price`.", ("study",)),
 }
@@ -80,6 +81,11 @@ class StudyMetrics:
                 self._tell(f"deltaray_training_{key}", line[key], run=run)
         for signature in line.get("signatures", ()):
             self._tell("deltaray_training_alarms", 1, run=run, signature=signature)
+
+    def trials(self, states: Mapping[str, int]) -> None:
+        """How many trials of an exploration are in each state: waiting, running, finished, stopped, failed."""
+        for state, number in states.items():
+            self._tell("deltaray_trials", number, state=state)
 
     def spent(self, gpus: float, working: bool) -> None:
         """Counts the time since the last call, if a stage was working."""

@@ -1,7 +1,7 @@
 """Follows the trials on the driver: a line for each that ends, and the records of those that could not write theirs."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ray.tune import Callback
@@ -14,14 +14,24 @@ from deltaray.tune.space import Trial, trial_of
 
 ENDED = ("finished", "failed")
 """Phases in which a trial has written its record itself."""
+STATES = ("finished", "stopped", "failed")
 
 
 class Follower(Callback):  # type: ignore[misc]
     """Ray Tune's callback. Only the driver's copy speaks: the one in Ray Tune's saved state has nobody to speak to."""
 
-    def __init__(self, recipe: Recipe, store: Store, progress: Any, say: Callable[[str], None], total: int) -> None:
-        """`progress`: of the stage; it counts trials out of `total`."""
+    def __init__(
+        self,
+        recipe: Recipe,
+        store: Store,
+        progress: Any,
+        say: Callable[[str], None],
+        count: Callable[[Mapping[str, int]], None],
+        total: int,
+    ) -> None:
+        """`progress`: of the stage; it counts trials out of `total`. `count` gets the number of trials by state."""
         self.recipe, self.store, self.progress, self.say, self.total = recipe, store, progress, say, total
+        self.count = count
         self.states: Counter[str] = Counter()
         self.running: dict[str, str] = {}
 
@@ -67,6 +77,7 @@ class Follower(Callback):  # type: ignore[misc]
         self.running[str(trial)] = phase
         note = "; ".join(f"{name}: {now}" for name, now in self.running.items())
         self.progress.update("trials", sum(self.states.values()), self.total, note=note)
+        self._count()
 
     def _end(self, trial: Any, state: str, text: str) -> None:
         self.running.pop(str(trial), None)
@@ -77,6 +88,11 @@ class Follower(Callback):  # type: ignore[misc]
         self.say(f"[{done}/{self.total}] {trial} {state}{took}: {text}")
         counts = ", ".join(f"{number} {name}" for name, number in self.states.items())
         self.progress.update("trials", done, self.total, note=counts)
+        self._count()
+
+    def _count(self) -> None:
+        ended, running = {state: self.states[state] for state in STATES}, len(self.running)
+        self.count({"waiting": self.total - sum(ended.values()) - running, "running": running, **ended})
 
     # --- what is kept -------------------------------------------------------------------------------------------
     def _record(self, trial: Any, state: str, reason: str, last: dict[str, Any]) -> None:

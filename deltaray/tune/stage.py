@@ -2,9 +2,10 @@
 
 import os
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 from deltaray.errors import StageError
@@ -56,11 +57,23 @@ class Explorer:
         limit = "" if side == asked else f" ({asked} are asked for, the cluster has {_shown(capacity)})"
         return f"{side} at once{limit}, {takes}"
 
-    def run(self, capacity: Capacity, progress: Any, say: Callable[[str], None]) -> None:
-        """Makes the trials that are left. A trial that dies in every attempt does not stop the others."""
+    def run(
+        self,
+        capacity: Capacity,
+        progress: Any,
+        say: Callable[[str], None],
+        count: Callable[[Mapping[str, int]], None],
+    ) -> None:
+        """Makes the trials that are left. A trial that dies in every attempt does not stop the others.
+
+        `say` gets a line for each that ends, `count` the number of trials by state.
+        """
+        from deltaray.tune.follow import Follower
+
         say(f"{self.left()} trials, {self.room(capacity)}")
         # in a thread: on the main one Ray Tune would take Ctrl-C for itself
-        side_by_side([lambda: self._fit(capacity, progress, say)])
+        follower = partial(Follower, self.study.recipe, self.store, progress, say, count)
+        side_by_side([lambda: self._fit(capacity, follower)])
 
     def refuse_if_all_failed(self) -> None:
         """StageError if not one trial has come to anything."""
@@ -72,11 +85,10 @@ class Explorer:
                 "with --retry-failed"
             )
 
-    def _fit(self, capacity: Capacity, progress: Any, say: Callable[[str], None]) -> None:
+    def _fit(self, capacity: Capacity, follower: Callable[[int], Any]) -> None:
         import ray
         from ray import tune
 
-        from deltaray.tune.follow import Follower
         from deltaray.tune.trial import PairMaker, Sweep, run_trial
 
         # most reports say where a trial is, and measure nothing
@@ -96,7 +108,7 @@ class Explorer:
                 name=f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:4]}",
                 storage_path=self.store.address(LOGS),
                 failure_config=tune.FailureConfig(max_failures=explored(recipe).max_failures),
-                callbacks=[Follower(recipe, self.store, progress, say, self.left()), *_loggers(recipe)],
+                callbacks=[follower(self.left()), *_loggers(recipe)],
                 verbose=0,
             ),
         )
