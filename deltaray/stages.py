@@ -221,9 +221,7 @@ class Stages:
         if left:
             self._share()
             with self.runner.stage("tune", "trials", left) as progress:
-                explorer.run(
-                    self.runner.ray(), progress, partial(self.runner.say, "tune"), self.runner.metrics.trials
-                )
+                explorer.run(self.runner.ray(), progress, partial(self.runner.say, "tune"), self.runner.metrics.trials)
         else:
             self.runner.nothing("tune", "every trial is over")
         conclude(self.study, self.store, read_records(self.store))

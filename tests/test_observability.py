@@ -81,7 +81,7 @@ def ask(address: str, expression: str) -> list[dict[str, Any]]:
         return list(json.load(response)["data"]["result"])
 
 
-def until(look: Any, seconds: float = 60) -> Any:
+def until(look: Any, seconds: float = 180) -> Any:
     """The first answer that is not empty."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
