@@ -3,6 +3,8 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from rich.table import Table
+
 from deltaray.evaluate.stage import all_tasks
 from deltaray.extend.stage import is_extended
 from deltaray.generate.staging import rows_done
@@ -203,3 +205,14 @@ def plan_json(study: Study, store: Store, items: list[Item], capacity: Capacity)
             for stage, group in stages_of(items).items()
         ],
     }
+
+
+def plan_table(items: list[Item], title: str) -> Table:
+    """The items as a terminal shows them."""
+    table = Table(title=title, title_justify="left")
+    for column in ("stage", "what", "done", "of", "unit", "where"):
+        table.add_column(column, justify="right" if column in ("done", "of") else "left")
+    for item in items:
+        total = "?" if item.total is None else f"{item.total:,}"
+        table.add_row(item.stage, item.name, f"{item.done:,}", total, item.unit, item.where)
+    return table
