@@ -26,7 +26,7 @@ class Behaviour:
     delay: float = 0.0  # seconds per unit
     failing: float = 0.0  # share of the rows that fail, always the same ones
     marks: str | None = None  # a folder in which every unit leaves a line when it starts
-    replicas: int = 1  # nothing is answered before so many replicas of the pool have marked a unit
+    replicas: int = 1  # a replica answers two units, and more when the pool has so many that have marked one
 
     def variable(self) -> dict[str, str]:
         """The environment of a command that behaves so."""
@@ -54,12 +54,14 @@ class FakeEngine:
     """Answers every prompt of a unit after the delay."""
 
     def __init__(self, behaviour: Behaviour) -> None:
-        self.behaviour = behaviour
+        self.behaviour, self.units = behaviour, 0
 
     async def generate(self, unit: Mapping[str, Any]) -> list[list[dict[str, Any]]]:
+        self.units += 1
         if self.behaviour.marks:
             _mark(Path(self.behaviour.marks), unit)
-            await self._company(Path(self.behaviour.marks), unit["name"])
+            if self.units > 2:  # Ray Data asks for nodes when it knows how fast the present ones are
+                await self._company(Path(self.behaviour.marks), unit["name"])
         if self.behaviour.delay:
             await asyncio.sleep(self.behaviour.delay)
         temperature = json.loads(unit["sampling"])["temperature"]

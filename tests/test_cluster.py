@@ -20,8 +20,8 @@ from ruamel.yaml import YAML
 
 from deltaray import cli
 from deltaray.recipe import load_recipe, recipe_folder
+from deltaray.recipe.expand import expand
 from deltaray.recipe.recipe import Cluster
-from deltaray.recipe.study import expand
 from deltaray.runtime.cluster_file import fits, read_cluster_file
 from deltaray.runtime.demands import Bundle, NodeGroup, Nodes, demands, largest
 from deltaray.runtime.session import Capacity, cluster_capacity

@@ -17,10 +17,12 @@ from deltaray.generate import share
 from deltaray.generate.answer import Work, answer, work_of
 from deltaray.generate.pools import Pool, describe
 from deltaray.generate.stage import responses_table
+from deltaray.generate.stream import stream_units
 from deltaray.generate.units import Assignment
 from deltaray.prompts import store_prompts
 from deltaray.recipe.models import Endpoint, Sampling, Teacher
 from deltaray.recipe.recipe import Failures
+from deltaray.runtime.failures import cause_of
 from deltaray.runtime.session import Capacity
 from deltaray.store import Store
 
@@ -77,6 +79,16 @@ def test_a_pool_grows_shares_the_cluster_and_gives_it_back(
     while ray.available_resources().get("CPU", 0) < everything and time.monotonic() < deadline:
         time.sleep(0.2)
     assert ray.available_resources()["CPU"] == everything
+
+
+def test_a_failure_is_told_by_its_cause_and_not_by_what_ray_wraps_around_it(ray_session: Any) -> None:
+    def broken(unit: Any) -> Any:
+        raise TimeoutError("the store\ndid not answer")
+
+    with pytest.raises(ray.exceptions.RayError) as met:
+        list(stream_units([{"model": "m"}], FakeSpec(), broken, broken))
+    assert cause_of(met.value) == "TimeoutError: the store"
+    assert cause_of(ValueError("a value\nan error of two lines")) == "ValueError: an error of two lines"
 
 
 def test_what_runs_together_is_said_before_it_runs() -> None:

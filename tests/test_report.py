@@ -16,10 +16,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from deltaray.report import build, build_report
+from deltaray.report.files import split_seed
 from deltaray.report.format import Scale, duration, significant
-from deltaray.report.model import Comparison, Evaluations, Measure, Model
+from deltaray.report.model import Comparison, Evaluations, Measure, Model, number
 from deltaray.report.pairs import CLIP, Sample, read_pairing
-from deltaray.report.read import number, read_study, split_seed
+from deltaray.report.read import read_study
 from deltaray.report.removed import read_removed
 from deltaray.report.summary import claims, summarize
 

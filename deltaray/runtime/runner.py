@@ -10,7 +10,7 @@ from typing import Any
 from deltaray.errors import StageError, UserError
 from deltaray.recipe.study import Study
 from deltaray.runtime.demands import refuse_impossible
-from deltaray.runtime.failures import told_in
+from deltaray.runtime.failures import cause_of, told_in
 from deltaray.runtime.memory import PeakMemory
 from deltaray.runtime.metrics import StudyMetrics
 from deltaray.runtime.session import Capacity, logs_of_ray, start_ray
@@ -109,13 +109,6 @@ class Runner:
 
 def _failure(stage: str, error: Exception, log: Path) -> str:
     return (
-        f"{stage} failed: {type(error).__name__}: {_reason(error)}\n"
+        f"{stage} failed: {cause_of(error)}\n"
         f"the log is {log}\nwhat is committed is safe: mend the cause and run the same command again to resume"
     )
-
-
-def _reason(error: Exception) -> str:
-    """The line that tells most of a message that may hold a remote traceback: the last that speaks of an error."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    telling = [line for line in lines if "error" in line.lower() and "https://" not in line]
-    return (telling or lines or ["no message"])[-1]

@@ -73,6 +73,8 @@ def start_ray(cluster: Cluster, say: Callable[[str], None]) -> Capacity:
     import ray
 
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Ray Data doubles a pool and waits for the new nodes before it doubles again: all that it may use come at once
+    os.environ.setdefault("RAY_DATA_DEFAULT_CLUSTER_SCALING_UP_FACTOR", "1000000")
     if not ray.is_initialized():
         on_sigterm = signal.getsignal(signal.SIGTERM)
         init_ray(_init_arguments(cluster))

@@ -3,7 +3,8 @@
 from dataclasses import replace
 
 from deltaray.errors import UserError
-from deltaray.recipe.study import Study, expand
+from deltaray.recipe.expand import expand
+from deltaray.recipe.study import Study
 from deltaray.runtime.demands import demands
 from deltaray.runtime.session import TRIAL_CPUS, Capacity
 from deltaray.tune.space import Choice, Trial, axes, explored, known_trials, trial_of

@@ -3,10 +3,10 @@
     python tests/benchmarks/scale.py [--measure]
 
 Every replica (one GPU here) starts, works on units of 256 prompts, several at once, and, on spot machines, is taken
-away and replaced. The command hands out units no faster than it was measured to (`results/data-plane.json`). With
-`--measure` a fake engine on real Ray is timed first, 1 to 6 replicas, and the simulation of the same must agree. Writes
-`results/scale.json`. What is assumed and not measured is in `GPUS` and `SPOT`: put the pace that `deltaray plan
---calibrate` finds in its place.
+away and replaced. A pool starts with one; the others are asked for when its first unit has told Ray Data its pace. The
+command hands out units no faster than it was measured to (`results/data-plane.json`). With `--measure` a fake engine on
+real Ray is timed first, 1 to 6 replicas, and the simulation of the same must agree. Writes `results/scale.json`. What
+is assumed and not measured is in `GPUS` and `SPOT`: put the pace that `deltaray plan --calibrate` finds in its place.
 """
 
 import argparse
@@ -48,6 +48,8 @@ TOKENS = {3.0: 420.0, 1.5: 400.0}
 """Assumed: mean tokens of an answer."""
 COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 PROMPTS, UNIT = 1_000_000, 256
+ASKED_EVERY = 10.0
+"""Seconds from one request for nodes to the next, in Ray Data."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class Pool:
     units: int
     unit_seconds: float  # of one unit, if the replica worked on it alone at its full pace
     replicas: int
+    at_once: int = 1  # replicas that are asked for in the beginning; the others follow the first unit
     in_flight: int = 8
     start: float = 240.0  # a node, its image, the weights, vLLM
     spread: float = 0.1  # relative standard deviation of units and starts
@@ -82,9 +85,11 @@ def simulate(pool: Pool, seed: int) -> Outcome:
     left, dispatched = pool.units, 0.0
     lost = taken = 0
     gpu_seconds, end = 0.0, 0.0
-    events = [(_around(draw, pool.start, pool.spread), number) for number in range(pool.replicas)]
-    born = dict.fromkeys(range(pool.replicas), 0.0)
-    dies = {number: _death(draw, pool) for number in born}
+    # units in flight share the pace of the first replica, so the first of them is done when nearly all are
+    asked = pool.start + pool.in_flight * pool.unit_seconds + ASKED_EVERY
+    born = {number: 0.0 if number < pool.at_once else asked for number in range(pool.replicas)}
+    events = [(at + _around(draw, pool.start, pool.spread), number) for number, at in born.items()]
+    dies = {number: at + _death(draw, pool) for number, at in born.items()}
     first: dict[int, int] = {}
     heapq.heapify(events)
     while events:
@@ -134,11 +139,12 @@ def share(gpus: int, gpu: Gpu) -> dict[float, int]:
     return {3.0: large, 1.5: gpus - large}
 
 
-def million(name: str, gpus: int, lost_per_hour: float, seeds: int = 5) -> dict[str, Any]:
+def million(name: str, gpus: int, lost_per_hour: float, growing: bool = True, seeds: int = 5) -> dict[str, Any]:
     gpu, pools = GPUS[name], []
     for size, replicas in share(gpus, GPUS[name]).items():
         seconds = UNIT * TOKENS[size] / gpu.pace[size]
-        pools.append(Pool(-(-PROMPTS // UNIT), seconds, replicas, lost_per_hour=lost_per_hour))
+        first = 1 if growing else replicas
+        pools.append(Pool(-(-PROMPTS // UNIT), seconds, replicas, first, lost_per_hour=lost_per_hour))
     together = 1 if gpus == 1 else len(pools)  # pools side by side share the command
     runs = [
         [simulate(replace(pool, dispatch=together * dispatch_seconds()), seed) for pool in pools]
@@ -204,7 +210,7 @@ def measure() -> Iterator[dict[str, Any]]:
             )
             began = min(path.stat().st_ctime for path in marks.iterdir())
             seconds = time.time() - began
-            expected = simulate(replace(MEASURED, replicas=replicas), 0).seconds
+            expected = simulate(replace(MEASURED, replicas=replicas, at_once=replicas), 0).seconds
             yield {"replicas": replicas, "measured": round(seconds, 2), "simulated": round(expected, 2)}
     ray.shutdown()
 
@@ -223,12 +229,16 @@ def main() -> None:
         name: {str(gpus): {kind: million(name, gpus, lost) for kind, lost in SPOT.items()} for gpus in COUNTS}
         for name in GPUS
     }
+    record["all_replicas_at_once"] = {
+        name: {str(gpus): million(name, gpus, 0.0, growing=False) for gpus in COUNTS} for name in GPUS
+    }
     RESULT.write_text(json.dumps(record, indent=2) + "\n")
     for name in GPUS:
         for gpus, found in record["million"][name].items():
             print(
                 f"{name:5} {gpus:>4}",
                 *(f"{kind}: {it['hours']:8.2f} h {it['cost']:8.2f}" for kind, it in found.items()),
+                "at once: {hours:8.2f} h {cost:8.2f}".format(**record["all_replicas_at_once"][name][gpus]),
             )
 
 
