@@ -67,10 +67,12 @@ def main() -> None:
         if arguments.in_process:
             one_after_the_other()
         else:
-            from deltaray.runtime.session import start_ray
+            from deltaray.runtime.session import start_ray, stop_ray
 
             start_ray(study.recipe.cluster, print)
         found = measure(store, study, arguments.rows, arguments.in_process)
+        if not arguments.in_process:
+            stop_ray()
     where = "in one process" if arguments.in_process else "on Ray"
     words = "{} to {} words".format(*arguments.words)
     record = json.loads(RESULT.read_text()) if RESULT.exists() else {}
@@ -138,6 +140,11 @@ def stored(store: Store, folder: str) -> int:
     return sum(path.stat().st_size for path in (store.local / folder).rglob("*") if path.is_file())
 
 
+def newest_tokens(store: Store) -> float:
+    """When the last tokens were written: on Ray the time for them is part of `seconds`."""
+    return max(path.stat().st_mtime for path in Path(store.out, ".deltaray/tokens").rglob("*.parquet"))
+
+
 def measure(store: Store, study: Study, rows: int, in_process: bool) -> dict[str, Any]:
     began = time.monotonic()
     scored = scoring.score(study, store, scoring.all_scores(study))
@@ -145,7 +152,7 @@ def measure(store: Store, study: Study, rows: int, in_process: bool) -> dict[str
     sides = paired_sides(study, list(study.pairings))
     for unit in missing_tokens(study, store, sides) if in_process else []:
         tokenize_file(store, unit)
-    tokenised, processor = time.monotonic(), time.process_time()
+    tokenised, processor, clock = time.monotonic(), time.process_time(), time.time()
     with PeakMemory() as memory:
         pairs = sum(pairing.pair(study, store).values())
     seconds, processor = time.monotonic() - tokenised, time.process_time() - processor
@@ -155,7 +162,7 @@ def measure(store: Store, study: Study, rows: int, in_process: bool) -> dict[str
         "teachers": len(study.teachers),
         "pairings": len(study.pairings),
         "scores_per_second": round(scored / (between - began)),
-        "seconds_tokenising": round(tokenised - between, 1) if in_process else "in seconds",
+        "seconds_tokenising": round(tokenised - between if in_process else newest_tokens(store) - clock, 1),
         "candidates": candidates,
         "pairs": pairs,
         "seconds": round(seconds, 1),
