@@ -17,6 +17,7 @@ from s3_server import Server, serve
 from test_store import (  # noqa: F401 (the promises of every store, here with this file's fixture)
     test_a_failed_write_leaves_what_was_there,
     test_a_folder_appears_complete_and_replaces_the_one_before,
+    test_a_folder_is_deleted_with_its_hidden_files,
     test_a_log_grows_by_whole_lines,
     test_definitions_do_not_mix_and_nothing_is_written_when_refused,
     test_deleting_and_moving,

@@ -20,6 +20,8 @@ REQUESTS = 16
 """Requests to an object store at a time, where there are many small ones."""
 OBJECT_STORES = ("s3", "gcs", "abfs")
 """pyarrow's names of those that know no folders: creating one would only leave an empty object of that name."""
+ATTEMPTS = 10
+"""Of a request to S3 that is not answered, or asked to come again: with growing pauses they take about a minute."""
 FULL = (errno.ENOSPC, errno.EDQUOT)
 TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}")
 
@@ -51,6 +53,17 @@ def connect(out: str) -> tuple[fs.FileSystem, str]:
     if not path.strip("/"):
         raise UserError(f"out: {out} names no folder to write to, such as s3://bucket/study")
     return base, path
+
+
+def patient(filesystem: fs.FileSystem) -> fs.FileSystem:
+    """The file system, which on S3 bears with an outage of about a minute; by itself pyarrow gives up after seconds.
+
+    (GCS it asks again for a quarter of an hour.)
+    """
+    if filesystem.type_name != "s3":
+        return filesystem
+    _, (options,) = filesystem.__reduce__()
+    return fs.S3FileSystem(**options, retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=ATTEMPTS))
 
 
 def put(filesystem: fs.FileSystem, path: str, content: bytes | pa.Buffer) -> None:
