@@ -204,6 +204,14 @@ def test_a_server_that_does_not_answer_or_refuses(server: Server, bucket: str) -
         Store("s3://bucket/x?endpoint_override=127.0.0.1:9&scheme=http").check_access()
 
 
+def test_a_slow_server_is_waited_for(server: Server, bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For longer than the 3 s after which the AWS SDK asks anew by itself, again and again."""
+    store = Store(server.out(bucket))
+    store.write_bytes("x", b"1")
+    monkeypatch.setattr(server.gate, "delay", 4.0)
+    assert store.exists("x")
+
+
 @pytest.mark.parametrize(
     ("out", "message"),
     [
