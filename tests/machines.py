@@ -106,9 +106,9 @@ class Machine:
 
     # --- what runs on it --------------------------------------------------------------------------------------------
     def command(self, *command: str) -> list[str]:
-        """What this computer runs so that the command runs on the machine, in the folder where this process is."""
+        """What this computer runs so that the command runs on the machine, in the network's folder."""
         entered = ("--mount", "--net", "--pid", "--uts", "--ipc")
-        return ["nsenter", "--target", str(self.init), *entered, "env", f"--chdir={Path.cwd()}", *command]
+        return ["nsenter", "--target", str(self.init), *entered, "env", f"--chdir={self.network.folder}", *command]
 
     def inside(self, *command: str) -> None:
         """Runs a command there to its end; it must succeed."""
