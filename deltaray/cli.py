@@ -128,7 +128,7 @@ def _conclude(terminal: Terminal, pipeline: Any) -> None:
             for line in order_lines(found):
                 terminal.result(line)
     if pipeline.store.exists("report.html"):
-        terminal.result(f"report: {pipeline.store.out}/report.html")
+        terminal.result(f"report: {pipeline.store.address('report.html')}")
 
 
 def _stage_command(stage: str, help_text: str) -> None:
@@ -214,7 +214,7 @@ def tune(
     context.obj.out.print(trial_table(pipeline.store))
     context.obj.result(pipeline.store.read_json("tuning/landscape.json")["summary"])
     context.obj.result(best_line(pipeline.store))
-    context.obj.result(f"report: {pipeline.store.out}/report.html")
+    context.obj.result(f"report: {pipeline.store.address('report.html')}")
 
 
 @app.command()
