@@ -202,7 +202,8 @@ def network() -> Iterator[Network]:
     with tempfile.TemporaryDirectory(prefix="dr", ignore_cleanup_errors=True) as folder:
         made = Network(Path(folder))
         try:
-            ip("link", "add", made.bridge, "type", "bridge")
+            # with an address of its own: otherwise it takes over that of a cable, and changes it when that goes
+            ip("link", "add", made.bridge, "address", "02:00:00:00:00:01", "type", "bridge")
             ip("addr", "add", f"{made.address}/24", "dev", made.bridge)
             ip("link", "set", made.bridge, "up")
             yield made
