@@ -47,6 +47,7 @@ class MachineCluster:
         self.head, self.desk = network.machine("head"), network.machine("desk")
         self.workers = [network.machine(f"worker{number}") for number in range(1, workers + 1)]
         self.services: dict[str, subprocess.Popen[Any]] = {}
+        self.up: set[str] = set()  # machines on which a raylet was seen
         self.redis = self._start_redis()
 
     @property
@@ -82,9 +83,10 @@ class MachineCluster:
             self.services[machine.name] = machine.start(command, self.environment | own, log)
 
     def tend(self) -> list[str]:
-        """Starts the services again that have ended; the names of their machines."""
-        ended = [machine for machine in self.machines if machine.on and self.services[machine.name].poll() is not None]
+        """Starts Ray again on the machines where it has ended; their names."""
+        ended = [machine for machine in self.machines if machine.on and self._ended(machine)]
         for machine in ended:
+            end(self.services[machine.name])
             for process in machine.processes():
                 with suppress(psutil.NoSuchProcess):
                     if OF_RAY.search(" ".join(process.cmdline())):  # what the raylet left behind
@@ -92,9 +94,19 @@ class MachineCluster:
             self.start_ray(machine)
         return [machine.name for machine in ended]
 
+    def _ended(self, machine: Machine) -> bool:
+        """Whether a raylet was there and is not any more: `ray start --block` stays when it went of its own accord."""
+        if self.services[machine.name].poll() is not None:
+            return True
+        running = any(process.name() == "raylet" for process in machine.processes())
+        gone = machine.name in self.up and not running
+        self.up = (self.up | {machine.name}) if running else (self.up - {machine.name})
+        return gone
+
     def kill(self, machine: Machine) -> None:
         """Power off."""
         machine.kill()
+        self.up.discard(machine.name)
         self.services[machine.name].wait()
 
     def restore(self, machine: Machine) -> None:
