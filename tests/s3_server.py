@@ -1,7 +1,9 @@
 """An S3 server (moto's) in a thread, with a gate in front of it that can hold or refuse a request."""
 
+import random
 import re
 import threading
+import time
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -11,23 +13,32 @@ from xml.etree import ElementTree
 WAIT = 60.0
 """Seconds that a test waits for a request, and a held request for its release."""
 DENIED = b"<Error><Code>AccessDenied</Code><Message>refused by the test</Message></Error>"
+BUSY = {
+    "503 Slow Down": b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>",
+    "500 Internal Server Error": b"<Error><Code>InternalError</Code><Message>Please try again.</Message></Error>",
+}
 
 
 class Gate:
-    """WSGI middleware: holds the first request that fits a pattern (`METHOD /path?query`), or refuses all that fit."""
+    """WSGI middleware: holds the first request that fits a pattern (`METHOD /path?query`), or refuses all that fit;
+    is slow, or too busy for a share of the requests."""
 
     def __init__(self, app: Callable[..., Iterable[bytes]]) -> None:
         self.app = app
         self.held: re.Pattern[str] | None = None
         self.refused: re.Pattern[str] | None = None
         self.reached, self.release = threading.Event(), threading.Event()
+        self.delay = 0.0  # seconds before each answer
+        self.busy = 0.0  # share of the requests that it asks to come again
+        self.draw = random.Random(0)
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         request = f"{environ['REQUEST_METHOD']} {environ['PATH_INFO']}?{environ['QUERY_STRING']}"
         if self.refused and self.refused.search(request):
-            environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
-            start_response("403 Forbidden", [("Content-Type", "application/xml")])
-            return [DENIED]
+            return _refuse(environ, start_response, "403 Forbidden", DENIED)
+        time.sleep(self.delay)
+        if self.draw.random() < self.busy:
+            return _refuse(environ, start_response, *self.draw.choice(list(BUSY.items())))
         if self.held and self.held.search(request):
             self.held = None
             self.reached.set()
@@ -55,18 +66,26 @@ class Gate:
             self.refused = None
 
 
+def _refuse(
+    environ: dict[str, Any], start_response: Callable[..., Any], status: str, document: bytes
+) -> Iterable[bytes]:
+    environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+    start_response(status, [("Content-Type", "application/xml")])
+    return [document]
+
+
 class Server:
     """The running server."""
 
-    def __init__(self, port: int, gate: Gate) -> None:
-        self.port, self.gate = port, gate
+    def __init__(self, address: str, port: int, gate: Gate) -> None:
+        self.address, self.port, self.gate = address, port, gate
 
     def out(self, bucket: str) -> str:
         """An `out` in a bucket."""
-        return f"s3://{bucket}/studies/one?endpoint_override=127.0.0.1:{self.port}&scheme=http"
+        return f"s3://{bucket}/studies/one?endpoint_override={self.address}:{self.port}&scheme=http"
 
     def ask(self, method: str, path: str) -> str:
-        request = urllib.request.Request(f"http://127.0.0.1:{self.port}/{path}", method=method)
+        request = urllib.request.Request(f"http://{self.address}:{self.port}/{path}", method=method)
         with urllib.request.urlopen(request, timeout=WAIT) as answer:
             return str(answer.read().decode())
 
@@ -87,18 +106,18 @@ def _texts(document: str, tag: str) -> list[str]:
 
 
 @contextmanager
-def serve() -> Iterator[Server]:
+def serve(address: str = "127.0.0.1") -> Iterator[Server]:
     """Starts a server on a free port of this machine; its objects are in memory."""
     from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
     from werkzeug.serving import WSGIRequestHandler, make_server
 
     gate = Gate(DomainDispatcherApplication(create_backend_app))
     handler = type("Quiet", (WSGIRequestHandler,), {"log": lambda *_: None})
-    server = make_server("127.0.0.1", 0, gate, threaded=True, request_handler=handler)  # type: ignore[arg-type]
+    server = make_server(address, 0, gate, threaded=True, request_handler=handler)  # type: ignore[arg-type]
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
-        yield Server(server.server_port, gate)
+        yield Server(address, server.server_port, gate)
     finally:
         gate.release.set()
         server.shutdown()

@@ -17,6 +17,7 @@ from s3_server import Server, serve
 from test_store import (  # noqa: F401 (the promises of every store, here with this file's fixture)
     test_a_failed_write_leaves_what_was_there,
     test_a_folder_appears_complete_and_replaces_the_one_before,
+    test_a_folder_is_deleted_with_its_hidden_files,
     test_a_log_grows_by_whole_lines,
     test_definitions_do_not_mix_and_nothing_is_written_when_refused,
     test_deleting_and_moving,
@@ -201,6 +202,14 @@ def test_a_server_that_does_not_answer_or_refuses(server: Server, bucket: str) -
         Store(server.out(bucket)).check_access()
     with pytest.raises(UserError, match="cannot be reached"):
         Store("s3://bucket/x?endpoint_override=127.0.0.1:9&scheme=http").check_access()
+
+
+def test_a_slow_server_is_waited_for(server: Server, bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For longer than the 3 s after which the AWS SDK asks anew by itself, again and again."""
+    store = Store(server.out(bucket))
+    store.write_bytes("x", b"1")
+    monkeypatch.setattr(server.gate, "delay", 4.0)
+    assert store.exists("x")
 
 
 @pytest.mark.parametrize(

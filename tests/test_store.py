@@ -103,6 +103,15 @@ def test_a_folder_appears_complete_and_replaces_the_one_before(store: Store, tmp
     assert found - {".complete"} == {"sub", "new"}
 
 
+def test_a_folder_is_deleted_with_its_hidden_files(store: Store) -> None:
+    for path in ("state/run/.mark", "state/run/deep/file", "state/other"):
+        store.write_bytes(path, b"x")
+    store.delete_folder("state/run")
+    store.delete_folder("state/run")
+    assert not store.exists("state/run/.mark") and not store.exists("state/run/deep/file")
+    assert store.exists("state/other")
+
+
 def test_deleting_and_moving(store: Store) -> None:
     for name in ("a", "b", "c"):
         store.write_bytes(f"units/x={name}/1.parquet", name.encode())

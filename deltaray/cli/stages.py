@@ -50,7 +50,7 @@ def _conclude(terminal: Terminal, pipeline: "Pipeline") -> None:
             for line in order_lines(found):
                 terminal.result(line)
     if pipeline.store.exists("report.html"):
-        terminal.result(f"report: {pipeline.store.out}/report.html")
+        terminal.result(f"report: {pipeline.store.address('report.html')}")
 
 
 def _stage_command(stage: str, help_text: str) -> None:
@@ -136,4 +136,4 @@ def tune(
     context.obj.out.print(trial_table(pipeline.store))
     context.obj.result(pipeline.store.read_json("tuning/landscape.json")["summary"])
     context.obj.result(best_line(pipeline.store))
-    context.obj.result(f"report: {pipeline.store.out}/report.html")
+    context.obj.result(f"report: {pipeline.store.address('report.html')}")

@@ -14,6 +14,9 @@ from deltaray.runtime.watch import RayletWatch
 EMBEDDED_CPUS = 8
 """Least logical CPUs of a Ray started here: its workers mostly wait, and pipelines of actor pools deadlock on two."""
 START_ATTEMPTS = 3
+RETRY_DELAY = 15_000
+"""Milliseconds before Ray repeats what was lost with a worker of a cluster. It takes so long or longer to know that a
+node has vanished; without a pause all repetitions would be spent on it before."""
 STREAM_CPUS = 1.0
 """Logical CPUs that the reading and writing tasks around an actor pool need."""
 TRIAL_CPUS = 0.25
@@ -58,23 +61,25 @@ def _gpus_here() -> int:
 
 
 _watches: list[RayletWatch] = []
-"""Of the Ray that this process has started."""
+"""Of the Ray that this process has started or joined."""
 
 
 def start_ray(cluster: Cluster, say: Callable[[str], None]) -> Capacity:
     """Joins the cluster at `cluster.address` (or RAY_ADDRESS), or starts Ray on this machine.
 
     Args:
-        say: told if the Ray that was started here dies, before this process ends with it.
+        say: told if the Ray of this machine dies, before this process ends with it.
 
     Raises:
         UserError: no cluster answers at the address.
     """
-    import ray
-
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Ray Data doubles a pool and waits for the new nodes before it doubles again: all that it may use come at once
     os.environ.setdefault("RAY_DATA_DEFAULT_CLUSTER_SCALING_UP_FACTOR", "1000000")
+    if joins_cluster(cluster):
+        os.environ.setdefault("RAY_task_retry_delay_ms", str(RETRY_DELAY))
+    import ray
+
     if not ray.is_initialized():
         on_sigterm = signal.getsignal(signal.SIGTERM)
         init_ray(_init_arguments(cluster))
@@ -129,6 +134,18 @@ def cpus_of_a_core() -> float:
     here = ray.get_runtime_context().get_node_id()
     logical = next(node["Resources"].get("CPU", 1.0) for node in ray.nodes() if node["NodeID"] == here)
     return max(1.0, float(logical) / (os.cpu_count() or 1))
+
+
+def beside_driver() -> dict[str, Any]:
+    """Options of a small actor that belongs to this process: on its node, so that no other node takes it along.
+
+    Ray puts an actor that asks for nothing on any node, spot ones included.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = ray.get_runtime_context().get_node_id()
+    return {"num_cpus": 0, "scheduling_strategy": NodeAffinitySchedulingStrategy(here, soft=False)}
 
 
 def stop_ray() -> None:

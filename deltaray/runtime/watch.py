@@ -2,22 +2,27 @@
 
 import os
 import select
+import socket
+import struct
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 
 LOST = (
-    "error: Ray's node process (raylet) on this machine died: killed, or out of memory\n"
+    "error: Ray's node process (raylet) on this machine died: killed, out of memory, or cut off from the cluster\n"
     "what is committed is safe: run the same command again to resume"
 )
+CREDENTIALS = struct.Struct("3i")
+"""Process, user and group at the other end of a socket (unix(7), SO_PEERCRED)."""
 
 
 class RayletWatch:
-    """Waits for the end of the raylet that this process has started; silent where it only joined a cluster."""
+    """Waits for the end of the raylet through which this process speaks to Ray, whoever has started it."""
 
     def __init__(self, say: Callable[[str], None]) -> None:
         self.say = say
         self.over = False
-        pid = _raylet_of_ours()
+        pid = _raylet_here()
         if pid is not None:
             threading.Thread(target=self._wait, args=(os.pidfd_open(pid),), daemon=True).start()
 
@@ -32,8 +37,14 @@ class RayletWatch:
             os._exit(1)
 
 
-def _raylet_of_ours() -> int | None:
+def _raylet_here() -> int | None:
+    """Who listens at Ray's socket; None where the system does not tell, or the raylet is out of sight."""
     import ray
 
-    started = ray._private.worker._global_node.all_processes.get("raylet")
-    return started[0].process.pid if started and hasattr(os, "pidfd_open") else None
+    if not hasattr(os, "pidfd_open") or not hasattr(socket, "SO_PEERCRED"):
+        return None
+    with suppress(OSError), socket.socket(socket.AF_UNIX) as visitor:
+        visitor.connect(ray._private.worker._global_node.raylet_socket_name)
+        told = visitor.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, CREDENTIALS.size)
+        return CREDENTIALS.unpack(told)[0] or None
+    return None

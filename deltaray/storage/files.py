@@ -96,6 +96,13 @@ class Files(Reader):
         with suppress(FileNotFoundError):
             self.filesystem.delete_file(path)
 
+    def delete_folder(self, path: str) -> None:
+        """Deletes a folder with all that is in it, hidden files, too; one that is not there is deleted already."""
+        if self.local is not None:
+            return remove(self.local / path)
+        with suppress(FileNotFoundError):
+            self.filesystem.delete_dir(path)
+
     def move(self, source: str, target: str) -> None:
         """Renames one file, over one that is there (on an object store: copies it whole, then deletes it)."""
         if self.local is not None:

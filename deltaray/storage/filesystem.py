@@ -20,6 +20,10 @@ REQUESTS = 16
 """Requests to an object store at a time, where there are many small ones."""
 OBJECT_STORES = ("s3", "gcs", "abfs")
 """pyarrow's names of those that know no folders: creating one would only leave an empty object of that name."""
+ATTEMPTS = 10
+"""Of a request to S3 that is not answered, or asked to come again: with growing pauses they take about a minute."""
+ANSWER_SECONDS = 60.0
+"""A request to S3 that is silent for so long is taken for lost."""
 FULL = (errno.ENOSPC, errno.EDQUOT)
 TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}")
 
@@ -51,6 +55,19 @@ def connect(out: str) -> tuple[fs.FileSystem, str]:
     if not path.strip("/"):
         raise UserError(f"out: {out} names no folder to write to, such as s3://bucket/study")
     return base, path
+
+
+def patient(filesystem: fs.FileSystem) -> fs.FileSystem:
+    """The file system, which on S3 bears with an outage of about a minute and with answers that take as long.
+
+    By itself an address's file system gives up after 30 pauses of 0.2 s (Arrow, `ConnectRetryStrategy`), and takes an
+    answer that is silent for 3 s for lost (the AWS SDK).
+    """
+    if filesystem.type_name != "s3":
+        return filesystem
+    _, (options,) = filesystem.__reduce__()
+    again = fs.AwsStandardS3RetryStrategy(max_attempts=ATTEMPTS)
+    return fs.S3FileSystem(**options | {"request_timeout": ANSWER_SECONDS}, retry_strategy=again)
 
 
 def put(filesystem: fs.FileSystem, path: str, content: bytes | pa.Buffer) -> None:

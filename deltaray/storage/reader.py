@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 
 from deltaray.errors import UserError
-from deltaray.storage.filesystem import OBJECT_STORES, connect, together
+from deltaray.storage.filesystem import OBJECT_STORES, connect, patient, together
 from deltaray.storage.parquet import open_parquet
 
 
@@ -25,7 +25,7 @@ class Reader:
         self.local = Path(path) if isinstance(base, fs.LocalFileSystem) else None
         if self.local and self.local.exists() and not self.local.is_dir():
             raise UserError(f"out: {out} is a file; name a folder")
-        self.filesystem = fs.SubTreeFileSystem(path, base)
+        self.filesystem = fs.SubTreeFileSystem(path, patient(base))
         self.has_folders = base.type_name not in OBJECT_STORES
 
     def address(self, path: str) -> str:
@@ -41,10 +41,10 @@ class Reader:
         """
         if self.has_folders:
             return
-        bucket = self.filesystem.base_path.strip("/").partition("/")[0]
+        base, path = connect(self.out)  # impatient: whoever mistyped an address hears it at once
+        bucket = path.strip("/").partition("/")[0]
         try:
-            found = self.filesystem.base_fs.get_file_info(bucket)
-            self.exists("recipe.yaml")
+            found, _ = base.get_file_info([bucket, f"{path}/recipe.yaml"])
         except OSError as error:
             raise UserError(f"out: {self.out} cannot be reached: {error}") from None
         if found.type == fs.FileType.NotFound:

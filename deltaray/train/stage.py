@@ -1,23 +1,23 @@
 """The training stage, on the driver: all missing students in one worker group of Ray Train."""
 
-import shutil
 import threading
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
 import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchTrainer
 
 from deltaray.errors import StageError, UserError
 from deltaray.recipe.study import Study, TrainingRun
 from deltaray.recipe.training import Training
-from deltaray.runtime.session import Capacity, cluster_capacity, logs_of_ray
+from deltaray.runtime.session import Capacity, beside_driver, cluster_capacity, logs_of_ray
 from deltaray.runtime.threads import Job, as_room_allows
 from deltaray.store import Store
+from deltaray.train.network import NodeNetwork
 
 OnProgress = Callable[[str, int, int, dict[str, Any]], None]
 """(run, steps done, steps in all, the last step's metrics); a run starts with step 0 and no metrics."""
@@ -42,7 +42,7 @@ def train(
     training = study.recipe.training
     if not missing or training is None:
         return []
-    progress = ray.remote(num_cpus=0)(Progress).remote()
+    progress = ray.remote(**beside_driver())(Progress).remote()
     name, capacity = f"train-{uuid.uuid4().hex[:8]}", cluster_capacity(study.recipe.cluster)
     groups = in_groups(missing, training.groups)
     fits: list[Job] = [
@@ -56,9 +56,9 @@ def train(
         refusal = ray.get(progress.refused.remote())
     finally:
         ray.kill(progress)
-        if store.local:
-            for number in range(len(groups)):
-                shutil.rmtree(store.local / _STATE / f"{name}-{number}", ignore_errors=True)
+        for number in range(len(groups)):
+            with suppress(OSError):  # worth nothing any more
+                store.delete_folder(f"{_STATE}/{name}-{number}")
     if refusal is not None:
         raise refusal
     return [run.name for run in missing]
@@ -114,7 +114,7 @@ def _trainer(
     return TorchTrainer(
         _work,
         train_loop_config=job,
-        torch_config=TorchConfig(timeout_s=COLLECTIVE_TIMEOUT),
+        torch_config=NodeNetwork(timeout_s=COLLECTIVE_TIMEOUT),
         scaling_config=ScalingConfig(
             num_workers=training.workers,
             use_gpu=gpus > 0,
@@ -123,7 +123,7 @@ def _trainer(
         ),
         run_config=RunConfig(
             name=name,
-            storage_path=f"{store.out}/{_STATE}",
+            storage_path=store.address(_STATE),
             failure_config=FailureConfig(max_failures=training.max_failures),
             worker_runtime_env={"env_vars": _environment(gpus)},
         ),

@@ -1,0 +1,163 @@
+"""What befalls a cluster of machines: one fault after the other, drawn by a seed, each put right after a while."""
+
+import random
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import psutil
+from machine_cluster import MachineCluster
+from machines import Machine
+from s3_server import Gate
+
+PAUSE = 16.0
+"""At most so many seconds between two faults."""
+SHORT, LONG = 2.0, 30.0
+"""Seconds that a fault lasts. The head takes a node for dead after about 15 without an answer."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What was done."""
+
+    kind: str
+    what: str
+    lasted: float  # seconds until it was put right; 0 where there is nothing to put right
+    during: str  # the stage
+
+    def record(self) -> dict[str, Any]:
+        return asdict(self) | {"lasted": round(self.lasted, 1)}
+
+
+class Faults:
+    """Draws faults and lets them happen; `tend` is called all the time meanwhile."""
+
+    def __init__(
+        self,
+        cluster: MachineCluster,
+        gate: Gate,
+        draw: random.Random,
+        tend: Callable[[], None],
+        stage: Callable[[], str],
+    ) -> None:
+        self.cluster, self.gate, self.draw, self.tend, self.stage = cluster, gate, draw, tend, stage
+        self.kinds: dict[str, Callable[[], str]] = {
+            "process killed": self.process,
+            "node killed and added": self.node,
+            "head killed and started": self.head,
+            "cable pulled": self.cable,
+            "way between two nodes cut": self.way,
+            "storage slow and failing": self.storage,
+            "storage away": self.outage,
+            "disk full": self.disk,
+            "command killed": self.command,
+        }
+        self.waiting: list[str] = []
+        self.done: list[Fault] = []
+
+    def next(self) -> None:
+        """One fault, after a pause; each kind comes once before one comes again."""
+        self.let_pass(self.draw.uniform(0, PAUSE))
+        if not self.waiting:
+            self.waiting = self.draw.sample(list(self.kinds), len(self.kinds))
+        kind, stage, began = self.waiting.pop(), self.stage(), time.monotonic()
+        what = self.kinds[kind]()
+        self.done.append(Fault(kind, what, time.monotonic() - began, stage))
+
+    def let_pass(self, seconds: float) -> float:
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            self.tend()
+            time.sleep(0.2)
+        return seconds
+
+    def _a_while(self, least: float = SHORT, most: float = LONG) -> None:
+        self.let_pass(self.draw.uniform(least, most))
+
+    # --- processes and machines -------------------------------------------------------------------------------------
+    def process(self) -> str:
+        """One of Ray's workers: an engine's, a task's, a training worker."""
+        found = [(machine, it) for machine in self.cluster.workers for it in machine.processes() if title(it)]
+        if not found:
+            return "nobody was there"
+        machine, victim = self.draw.choice(found)
+        name = title(victim)
+        victim.kill()
+        return f"{name} on {machine.name}"
+
+    def node(self) -> str:
+        machine = self.draw.choice(self.cluster.workers)
+        self.cluster.kill(machine)
+        self._a_while(most=15)
+        self.cluster.restore(machine)
+        return machine.name
+
+    def head(self) -> str:
+        self.cluster.kill(self.cluster.head)
+        self._a_while(most=15)
+        self.cluster.restore(self.cluster.head)
+        return "head"
+
+    def command(self) -> str:
+        """What is given at the desk; the desk itself stays."""
+        for process in self.cluster.desk.processes():
+            if "fake_engine.py" in " ".join(cmdline(process)):
+                process.kill()
+        return "desk"
+
+    # --- the network ------------------------------------------------------------------------------------------------
+    def cable(self) -> str:
+        machine = self.draw.choice(self.cluster.machines)
+        machine.pull_cable()
+        self._a_while()
+        machine.plug_cable()
+        return machine.name
+
+    def way(self) -> str:
+        """Two workers do not reach each other; the head and the storage reach both."""
+        one, other = self.draw.sample(self.cluster.workers, 2)
+        _both(one, other, Machine.block)
+        self._a_while()
+        one.unblock()
+        other.unblock()
+        return f"{one.name}, {other.name}"
+
+    # --- storage and disks -----------------------------------------------------------------------------------------
+    def storage(self) -> str:
+        self.gate.delay, self.gate.busy = self.draw.uniform(0.1, 1), self.draw.uniform(0.1, 0.5)
+        what = f"{self.gate.delay:.1f} s a request, {self.gate.busy:.0%} refused with 500 or 503"
+        self._a_while()
+        self.gate.delay = self.gate.busy = 0.0
+        return what
+
+    def outage(self) -> str:
+        self.gate.busy = 1.0
+        self._a_while()
+        self.gate.busy = 0.0
+        return "all requests refused with 500 or 503"
+
+    def disk(self) -> str:
+        machine = self.draw.choice(self.cluster.workers)
+        machine.fill_disk()
+        self._a_while(most=15)
+        machine.free_disk()
+        return machine.name
+
+
+def _both(one: Machine, other: Machine, act: Callable[[Machine, Machine], None]) -> None:
+    act(one, other)
+    act(other, one)
+
+
+def cmdline(process: psutil.Process) -> list[str]:
+    try:
+        return list(process.cmdline())
+    except psutil.Error:
+        return []
+
+
+def title(process: psutil.Process) -> str:
+    """What a worker of Ray's runs, by the title that Ray gives it; empty for others and for idle ones."""
+    name = " ".join(cmdline(process)).partition("ray::")[2]
+    return "" if name.startswith("IDLE") else name.partition(".")[0].strip()
