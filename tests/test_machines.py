@@ -16,11 +16,7 @@ from deltaray.train.network import interface_of
 REASON = unavailable(*PROGRAMS)
 on_machines = pytest.mark.skipif(REASON is not None, reason=REASON or "")
 CUT = 3.0
-"""Seconds."""
-QUICK = {"RAY_health_check_period_ms": "1000", "RAY_health_check_failure_threshold": "8"}
-"""The head takes a node for dead after 8 s (by itself: 15 or more)."""
-PAUSE = {"RAY_task_retry_delay_ms": "5000"}
-"""What was lost with a node is repeated three times, so in more seconds than that (by itself: every 15 s)."""
+"""Seconds; the head takes a node for dead after about 15."""
 SUM = """
 import json, sys, ray, torch
 from ray.train import RunConfig, ScalingConfig
@@ -45,7 +41,7 @@ TorchTrainer(work, train_loop_config={"folder": sys.argv[2]}, torch_config=NodeN
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[MachineCluster]:
     """A head, a desk and two workers with two CPUs each."""
-    with network() as lan, machine_cluster(lan, workers=2, cpus=2, environment=QUICK) as made:
+    with network() as lan, machine_cluster(lan, workers=2, cpus=2) as made:
         yield made
 
 
@@ -66,8 +62,7 @@ def test_a_pulled_cable_and_a_lost_node_cost_no_response(cluster: MachineCluster
     marks.mkdir()
     behaviour = Behaviour(delay=0.5, marks=str(marks))
     lab = Lab(tmp_path / "study", behaviour=behaviour, settings={"cluster": {"address": cluster.address}})
-    variables = behaviour.variable() | PAUSE
-    command = cluster.command(*FAKE, "generate", str(lab.write()), environment=variables, log=log)
+    command = cluster.command(*FAKE, "generate", str(lab.write()), environment=behaviour.variable(), log=log)
     wait_for(lambda: all(engines(worker) for worker in cluster.workers) and bool(generated_again(marks)[0]), "engines")
     one, other = cluster.workers
     one.pull_cable()
