@@ -27,14 +27,14 @@ lint: .venv/ready-$(EXTRA)-dev
 	$(BIN)/mypy
 	$(BIN)/bandit --quiet --configfile pyproject.toml --recursive deltaray jobs
 
-# The report is looked at in a real browser, the alerts are evaluated by a real Prometheus, a cluster of network
-# namespaces has a real Redis; where one of them cannot be had its tests are skipped and say so.
+# The report is looked at in a real browser, the alerts are evaluated by a real Prometheus; where one of them cannot be
+# had its tests are skipped and say so.
 tools:
 	@{ command -v chromium || command -v chromium-browser || command -v google-chrome; } >/dev/null 2>&1 \
-	&& command -v prometheus >/dev/null 2>&1 && command -v redis-server >/dev/null 2>&1 && command -v ip >/dev/null 2>&1 \
+	&& command -v prometheus >/dev/null 2>&1 \
 	|| { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq \
-	&& apt-get install -y -qq --no-install-recommends chromium prometheus redis-server iproute2 >/dev/null; } \
-	|| echo "no Chromium, Prometheus, Redis server or iproute2 found: their tests will be skipped"
+	&& apt-get install -y -qq --no-install-recommends chromium prometheus >/dev/null; } \
+	|| echo "no Chromium or no Prometheus found: their tests will be skipped"
 
 .venv/ready-%-dev: pyproject.toml .venv/bin/uv
 	$(INSTALL) -e '.[$*,dev]'

@@ -1,6 +1,11 @@
-"""A cluster whose nodes have networks of their own: a cable is pulled, a node is lost, training goes across nodes."""
+"""A cluster whose nodes have networks of their own: a cable is pulled, a node is lost, training goes across nodes.
+
+Only with DELTARAY_TEST_MACHINES=1, as root, with iproute2 and a Redis server: it takes minutes, and a node that is lost
+still ends the command at times (cluster/README.md).
+"""
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +18,7 @@ from machines import Machine, network, unavailable
 
 from deltaray.train.network import interface_of
 
-REASON = unavailable(*PROGRAMS)
+REASON = unavailable(*PROGRAMS) if os.environ.get("DELTARAY_TEST_MACHINES") else "DELTARAY_TEST_MACHINES is not set"
 on_machines = pytest.mark.skipif(REASON is not None, reason=REASON or "")
 CUT = 3.0
 """Seconds; the head takes a node for dead after about 15."""
