@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from deltaray.cli.options import AsJson, Overrides, app
+from deltaray.cli.options import AsJson, Overrides, RetryFailed, app
 
 
 @app.command()
@@ -20,7 +20,7 @@ def submit(
     variables: Annotated[
         list[str], typer.Option("--env", metavar="NAME", help="A variable that the job gets from here; repeatable.")
     ] = [],  # noqa: B006
-    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="As with generate and score.")] = False,
+    retry_failed: RetryFailed = False,
     detach: Annotated[bool, typer.Option("--detach", help="Do not follow; the same command does so later.")] = False,
     list_jobs: Annotated[bool, typer.Option("--list", help="Shows all jobs of the cluster.")] = False,
     stop: Annotated[str | None, typer.Option(metavar="ID", help="Stops a job; submitting again resumes.")] = None,

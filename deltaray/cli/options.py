@@ -17,6 +17,10 @@ Overrides = Annotated[
     list[str], typer.Option("--set", metavar="KEY.PATH=VALUE", help="Overrides a key of the recipe; repeatable.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable output on stdout.")]
+RetryFailed = Annotated[
+    bool,
+    typer.Option("--retry-failed", help="Also tries again what failed earlier: responses, judges, trials."),
+]
 Out = Annotated[str, typer.Argument(metavar="OUT", help="A study's output: a folder, or s3://… and the like.")]
 
 

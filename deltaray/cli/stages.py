@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from deltaray.cli.options import Overrides, RecipePath, app, pipeline_of
+from deltaray.cli.options import Overrides, RecipePath, RetryFailed, app, pipeline_of
 from deltaray.runtime.terminal import Terminal
 
 if TYPE_CHECKING:
@@ -65,9 +65,7 @@ def generate(
     context: typer.Context,
     recipe: RecipePath,
     overrides: Overrides = [],  # noqa: B006
-    retry_failed: Annotated[
-        bool, typer.Option("--retry-failed", help="Try the responses again that failed in earlier runs.")
-    ] = False,
+    retry_failed: RetryFailed = False,
 ) -> None:
     """Teacher responses."""
     pipeline_of(context, recipe, overrides, retry_failed).run(["generate"])
@@ -78,9 +76,7 @@ def score(
     context: typer.Context,
     recipe: RecipePath,
     overrides: Overrides = [],  # noqa: B006
-    retry_failed: Annotated[
-        bool, typer.Option("--retry-failed", help="Ask judges again what they failed to answer in earlier runs.")
-    ] = False,
+    retry_failed: RetryFailed = False,
 ) -> None:
     """Scores of all responses, and how far the scorers agree."""
     from deltaray.score.compare import agreement_tables, read_agreement
@@ -123,9 +119,7 @@ def tune(
     context: typer.Context,
     recipe: RecipePath,
     overrides: Overrides = [],  # noqa: B006
-    retry_failed: Annotated[
-        bool, typer.Option("--retry-failed", help="Also tries the trials again that failed in earlier runs.")
-    ] = False,
+    retry_failed: RetryFailed = False,
 ) -> None:
     """The exploration: trials over pairings, deltas and training settings, and the delta landscape."""
     from deltaray.tune.table import best_line, trial_table
