@@ -303,7 +303,7 @@ def test_scorers_that_need_no_answer_take_prompts_without(tmp_path: Path) -> Non
             "  suites: [delta-lerning]\n  tasks:",
             "there is no suite 'delta-lerning'; did you mean 'delta-learning'",
         ),
-        ("  tasks:", "  suites: [agentic-search]\n  tasks:", "retriever"),
+        ("  tasks:", "  suites: [agentic-search]\n  tasks:", "nq searches: write `search:"),
         ("  tasks:", "  harness: {tasks: {held_out: {}}}\n  tasks:", "another task has this name"),
         ("  tasks:", "  harness: {tasks: {mean: {}}}\n  tasks:", "is what the mean of all tasks is called"),
         ("    validation:", "    held_out:", "a task of `evaluation.tasks` has this name"),
@@ -339,7 +339,7 @@ def test_programs_are_run_only_with_consent() -> None:
 def test_every_suite_says_what_it_is() -> None:
     assert set(SUITES) == {"delta-learning", "safety", "knowledge-reasoning", "agentic-search"}
     for suite in SUITES.values():
-        assert suite.about and (suite.needs or suite.harness or suite.local)
+        assert suite.about and (suite.harness or suite.local)
 
 
 def test_labels_become_answers(tmp_path: Path) -> None:

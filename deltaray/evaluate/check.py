@@ -15,6 +15,7 @@ from deltaray.recipe.check_pairing import unknown
 from deltaray.recipe.study import Study
 from deltaray.score.registry import SCORERS
 from deltaray.score.response import Response
+from deltaray.search.corpus import check_corpus
 
 KEY = "evaluation.harness"
 COMPARING = ("exact_match", "numeric", "token_f1", "multiple_choice", "refusal", "python_tests", "ifeval")
@@ -50,6 +51,17 @@ def _place(source: PromptSource, number: int) -> str:
     """Where a prompt is, whatever stands between the rows of its file."""
     rows = open_rows(source.path, source.key, source.view.wanted, source.view)
     return place(source.path, next(islice((line for line, _ in rows), number, None), number + 1))
+
+
+def check_search(study: Study) -> None:
+    """The corpus that tasks search can be read.
+
+    Raises:
+        UserError: names the file, the row or the package that is missing.
+    """
+    evaluation = study.recipe.evaluation
+    if evaluation is not None and evaluation.search is not None and evaluation.search.corpus is not None:
+        check_corpus(evaluation.search.corpus)
 
 
 def check_harness(study: Study) -> None:

@@ -14,6 +14,7 @@ from deltaray.generate.answer import Work, answer, work_of
 from deltaray.generate.identity import generation_identity, identity_digest
 from deltaray.generate.pools import OnRows
 from deltaray.generate.stage import responses_table
+from deltaray.generate.stream import Spec
 from deltaray.generate.units import Assignment
 from deltaray.prompts import check_source, store_source
 from deltaray.recipe.evaluation import Task
@@ -24,6 +25,7 @@ from deltaray.runtime.preflight import task_sources
 from deltaray.runtime.session import Capacity
 from deltaray.score.files import Unit as ScoreUnit
 from deltaray.score.stage import score_units
+from deltaray.search.retrievers import searched_in, searching
 from deltaray.store import Store
 
 
@@ -92,8 +94,9 @@ def evaluation_work(study: Study, store: Store) -> list[Work]:
 def _task_work(study: Study, store: Store, name: str, model: Teacher, task: str, spec: Task) -> Work:
     destination, prompts = Store.evaluation_responses(name, task), Store.evaluation_prompts(task)
     asked = model.model_copy(update={"sampling": spec.sampling})
-    identity = identity_digest(generation_identity(asked))
-    return work_of(store, Assignment(name, asked, prompts, destination, identity, study.recipe.unit_size))
+    identity = identity_digest(generation_identity(asked) | searched_in(study.recipe, spec))
+    size = study.recipe.unit_size
+    return work_of(store, Assignment(name, asked, prompts, destination, identity, size, search=spec.search))
 
 
 def unscored(study: Study, store: Store, works: list[Work] | None = None) -> list[ScoreUnit]:
@@ -118,8 +121,17 @@ def answer_tasks(
     """
     if not all(work.finished for work in works):
         # a student that has unlearnt to speak is a result, not a failure
-        answer(store, works, capacity, responses_table, RESPONSES, Failures(max_share=1), on_rows, say)
+        anything = Failures(max_share=1)
+        answer(store, works, capacity, responses_table, RESPONSES, anything, on_rows, say, _around(study, works))
     score_units(study, store, unscored(study, store, works), capacity, on_rows, say)
+
+
+def _around(study: Study, works: list[Work]) -> Callable[[Spec], Spec]:
+    """Lets the replicas search where a task that has work left asks for it."""
+    evaluation = study.recipe.evaluation
+    if evaluation is None or evaluation.search is None or not any(it.units and it.assignment.search for it in works):
+        return lambda spec: spec
+    return searching(evaluation.search)
 
 
 def models_for_harness(study: Study, store: Store) -> dict[str, Teacher]:

@@ -19,17 +19,40 @@ class Suite:
     local: dict[str, Task] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
     """Benchmarks that the papers report and no task here can, each with the reason and the mend."""
-    needs: str | None = None
-    """Why the suite cannot run by its name alone, and what to write instead."""
 
 
 _UNSAFE = "runs programs that the models write, with your rights: consent with `harness.unsafe_code: true`"
-_SEARCH = (
-    "NQ, TriviaQA, PopQA, HotpotQA, 2WikiMultihopQA, Bamboogle and MuSiQue are asked there in ReAct turns with a "
-    "retriever (e5-large-v2 over a Wikipedia dump, five passages of 500 tokens), and a task here is answered in one "
-    "turn. Put retrieved passages into the prompts of a file of your own, with `answer` as a JSON list of aliases, and "
-    "write it under `evaluation.tasks` with `metric: token_f1`"
-)
+REACT = """\
+Find the answer to the question. Take turns: think about what is still unknown inside <think> and </think>, ask for it \
+inside <search> and </search>, and read what comes back inside <result> and </result>. As soon as nothing is unknown \
+any more, write the answer, a few words at most, inside <answer> and </answer>.
+
+Question: In which country is the birthplace of the composer of Finlandia?
+<think>Finlandia is by Jean Sibelius. I need the place where he was born.</think>
+<search>birthplace of Jean Sibelius</search>
+<result>
+(1) Jean Sibelius was born in Hämeenlinna, a town in the south of Finland.
+</result>
+<think>Hämeenlinna is in Finland.</think>
+<answer>Finland</answer>
+
+Question: {prompt}"""
+"""One example, as in [PDA], whose words are not published."""
+
+
+def _question(config: str, split: str) -> Task:
+    return Task(
+        path="RUC-NLPIR/FlashRAG_datasets",
+        config=config,
+        split=split,
+        columns={"prompt": "question", "answer": "golden_answers"},
+        template=REACT,
+        metric="token_f1",
+        search=True,
+        sampling=Sampling(max_tokens=512),  # of a turn
+    )
+
+
 SUITES: dict[str, Suite] = {
     "delta-learning": Suite(
         "the eleven of 2507.06187, in Tulu 3's settings",
@@ -107,7 +130,19 @@ SUITES: dict[str, Suite] = {
             "gsm8k": HarnessTask(task="gsm8k_cot", num_fewshot=8),
         },
     ),
-    "agentic-search": Suite("the seven of 2606.00357", needs=f"cannot be run by its name: {_SEARCH}"),
+    "agentic-search": Suite(
+        "the seven of 2606.00357 in ReAct turns; there over e5-large-v2 and a Wikipedia of January 2020, here over "
+        "`evaluation.search`",
+        local={
+            "nq": _question("nq", "test"),
+            "triviaqa": _question("triviaqa", "test"),
+            "popqa_search": _question("popqa", "test"),
+            "hotpotqa": _question("hotpotqa", "dev"),
+            "2wikimultihopqa": _question("2wikimultihopqa", "dev"),
+            "bamboogle": _question("bamboogle", "test"),
+            "musique": _question("musique", "dev"),
+        },
+    ),
 }
 UNSAFE = ("humaneval", "humaneval_plus")
 """Tasks of suites that are left out without consent."""

@@ -23,7 +23,7 @@ Unit = dict[str, Any]
 """What one call of an engine answers and one commit holds. From the planner: unit_id, name (who is counted), model,
 adapter, reasoning, teacher (a `Teacher` as JSON), prompts (a shard's path), rows (places in it), samples (the sample
 indexes wanted), sampling (JSON in vLLM's words), destination, staged (the file it becomes), retry (whether it is a
-second attempt).
+second attempt), search (whether the model may search).
 
 Loading adds, one entry per prompt: prompt_ids, messages, tools (function schemas or None), token_ids, refused (why it
 cannot be asked, or None), answers. The engine adds outputs: per prompt one `Output` for each of `samples`."""
@@ -40,6 +40,7 @@ class Assignment:
     identity: str  # tells apart what was made with other settings
     unit_size: int  # most responses in a unit
     retry: bool = False  # the rows that failed instead of those that are missing
+    search: bool = False  # whether the model may search
 
 
 @unless_moved
@@ -121,6 +122,7 @@ def _unit(work: Assignment, path: str, rows: list[int], samples: list[int]) -> U
         "destination": work.destination,
         "staged": staged,
         "retry": work.retry,
+        "search": work.search,
     }
 
 
@@ -130,6 +132,11 @@ def responses_in(units: list[Unit]) -> int:
 
 
 # --- in the task that loads a unit ----------------------------------------------------------------------------------
+def tokenizer_of(teacher: Teacher) -> Any:
+    """The teacher's tokenizer, loaded once in a process."""
+    return _tokenizer(teacher.model_dump_json(include=set(Model.model_fields)))
+
+
 @lru_cache(maxsize=8)
 def _tokenizer(model: str) -> Any:
     return load_tokenizer(Model.model_validate_json(model), "model")
@@ -159,7 +166,7 @@ def render(
     """(token ids, refusals) by the teacher's own template; of a server, which has its own, there are neither."""
     if teacher.endpoint is not None:
         return [[] for _ in messages], [None for _ in messages]
-    return prompts_ids(_tokenizer(teacher.model_dump_json(include=set(Model.model_fields))), messages, tools)
+    return prompts_ids(tokenizer_of(teacher), messages, tools)
 
 
 def with_system(messages: list[Message], system: str | None) -> list[Message]:

@@ -20,13 +20,12 @@ def check_evaluation(recipe: Recipe) -> Iterator[Problem]:
     for number, name in enumerate(evaluation.suites):
         if name not in SUITES:
             yield ("evaluation", "suites", number), unknown("suite", name, SUITES)
-        elif needs := SUITES[name].needs:
-            yield ("evaluation", "suites", number), needs
     if not (evaluation.tasks or evaluation.suites or evaluation.harness_tasks):
         yield ("evaluation",), "has no task: write `tasks`, `harness.tasks` or `suites`"
     for section in ("tasks", "selection"):
         for name, task in getattr(evaluation, section).items():
             yield from ((("evaluation", section, name, *at), text) for at, text in _check_task(recipe, task))
+    yield from _check_search(recipe, evaluation)
     yield from _check_twice(evaluation)
     yield from _check_claims(recipe, evaluation)
 
@@ -44,6 +43,29 @@ def _check_task(recipe: Recipe, task: Task) -> Iterator[Problem]:
         yield ("sampling", "temperature"), "samples of temperature 0 are all the same; write a higher one"
     if task.answer is not None and task.answers:
         yield ("answers",), "`answer` is that of every prompt already; leave one of the two out"
+
+
+def _check_search(recipe: Recipe, evaluation: Evaluation) -> Iterator[Problem]:
+    """Tasks that search and what they search go together."""
+    own = {**evaluation.tasks, **evaluation.selection}
+    suites = [suite for name in evaluation.suites if (suite := SUITES.get(name))]
+    searching = [name for name, task in own.items() if task.search]
+    searching += [name for suite in suites for name, task in suite.local.items() if task.search and name not in own]
+    if searching and evaluation.search is None:
+        yield (
+            ("evaluation",),
+            f"{searching[0]} searches: write `search: {{corpus: {{path: FILE}}}}` with a passage per row as `text`, or "
+            "`search: {url: ADDRESS}` of a server that answers as Search-R1's does",
+        )
+    if evaluation.search is not None and not searching:
+        yield ("evaluation", "search"), "no task searches; write `search: true` in one, or remove the section"
+    if searching and evaluation.teachers:
+        for name, teacher in recipe.teachers.items():
+            if teacher.endpoint is not None:
+                yield (
+                    ("evaluation", "teachers"),
+                    f"{name} is a server, which answers without searches; write `teachers: false`",
+                )
 
 
 def _check_twice(evaluation: Evaluation) -> Iterator[Problem]:

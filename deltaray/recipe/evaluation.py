@@ -5,6 +5,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 
 from deltaray.recipe.models import Sampling, Section
+from deltaray.recipe.search import Search
 from deltaray.recipe.source import Source
 
 
@@ -16,6 +17,9 @@ class Task(Source):
     scorer: str | None = None
     """In its place any of the recipe's `scorers`: `NAME`, or `NAME/PART` for one number that a score is made of."""
     sampling: Sampling = Sampling()
+    search: bool = False
+    """Answer in turns with searches between them (`evaluation.search`); the answer alone is scored, the turns are its
+    `reasoning`."""
     k: list[int] = []
     """pass@k: the chance that one of k samples is right (score 1), estimated from `sampling.samples` of them without
     bias (2107.03374, section 2.1). The first k is the task's value, the others are reported beside it."""
@@ -78,6 +82,8 @@ class Evaluation(Section):
     selection: dict[str, Task] = {}
     """Tasks on which the best of a grid is chosen; they share no prompt with `tasks`."""
     harness: Harness | None = None
+    search: Search | None = None
+    """What tasks with `search: true` search."""
     teachers: bool = True
     """Evaluate the teachers of the pairings, too."""
     claims: list[str] = []

@@ -6,7 +6,7 @@ from typing import Any
 
 from deltaray.chat import load_tokenizer
 from deltaray.errors import UserError
-from deltaray.evaluate.check import check_answers, check_harness
+from deltaray.evaluate.check import check_answers, check_harness, check_search
 from deltaray.evaluate.harness import harness_definition
 from deltaray.evaluate.local import task_scorer
 from deltaray.generate.identity import generation_identity, model_identity
@@ -18,6 +18,7 @@ from deltaray.recipe.evaluation import Task
 from deltaray.recipe.models import Model, Teacher
 from deltaray.recipe.scorers import Judge, RewardModel, Scorer, scorer_part
 from deltaray.recipe.study import Study, base_name
+from deltaray.search.retrievers import searched_in
 from deltaray.store import Store
 
 HUB_TIMEOUT = 20.0
@@ -34,6 +35,7 @@ def check_inputs(study: Study, store: Store) -> None:
     _check_prompts(study, store)
     check_tasks(study, store)
     check_harness(study)
+    check_search(study)
     check_deltas(study)
     for key, model in models_of(study):
         check_model(model, key)
@@ -73,6 +75,7 @@ def check_local_inputs(study: Study, store: Store) -> int | None:
     prompts = None if asked is None or is_hub_dataset(asked.path) else _check_prompts(study, store)
     check_tasks(study, store, on_hub=False)
     check_harness(study)
+    check_search(study)
     for key, model in models_of(study):
         if model.is_local or _is_served(model):
             check_model(model, key)
@@ -243,7 +246,8 @@ def definitions(study: Study) -> dict[str, dict[str, Any]]:
     for section in ("tasks", "selection"):
         for name, task in _tasks(study, section).items():
             scored = {"scorer": scorer_identity(task_scorer(study, task)), "part": scorer_part(task.scorer or "")}
-            found[f"evaluation/task={name}"] = {"sampling": task.sampling.model_dump(mode="json"), **scored}
+            asked = {"sampling": task.sampling.model_dump(mode="json"), **searched_in(recipe, task)}
+            found[f"evaluation/task={name}"] = asked | scored
     if recipe.evaluation is not None:
         for name, benchmark in recipe.evaluation.harness_tasks.items():
             found[f"evaluation/harness={name}"] = harness_definition(study, benchmark)

@@ -1,0 +1,1 @@
+"""Answers in several turns with searches between them."""

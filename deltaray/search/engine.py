@@ -1,0 +1,95 @@
+"""A pool's engine that lets its model search: the answers of a unit, turn after turn, in one visit.
+
+The prompt of a turn is the ids of all before it, so no text is tokenized twice and nothing a model wrote is altered.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from deltaray.generate.requests import Output
+from deltaray.generate.stream import Answering, SpecAround
+from deltaray.generate.units import tokenizer_of
+from deltaray.recipe.models import Teacher
+from deltaray.recipe.search import Search
+from deltaray.search.trail import Trail, stops
+
+
+class Retriever(Protocol):
+    """What finds passages; pickled into the replicas."""
+
+    async def find(self, queries: list[str], count: int) -> list[list[str]]:
+        """The best `count` passages of each query or fewer, best first."""
+
+
+@dataclass(frozen=True)
+class SearchSpec(SpecAround):
+    """Replicas whose models may search."""
+
+    rules: Search
+    retriever: Retriever
+
+    def start(self) -> "Searching":
+        return Searching(self.spec.start(), self.rules, self.retriever)
+
+
+class Searching:
+    """Asks one engine turn after turn; units that must not search go through as they are."""
+
+    def __init__(self, engine: Answering, rules: Search, retriever: Retriever) -> None:
+        self.engine, self.rules, self.retriever = engine, rules, retriever
+
+    async def generate(self, unit: Mapping[str, Any]) -> list[list[Output]]:
+        """One output per prompt and sample; see `Trail.result`."""
+        if not unit["search"]:
+            return await self.engine.generate(unit)
+        trails = [[Trail(self.rules) for _ in unit["samples"]] for _ in unit["prompt_ids"]]
+        going = [(place, sample, trail) for place, of in enumerate(trails) for sample, trail in enumerate(of)]
+        while going:
+            answers = await self.engine.generate(_turn(unit, going, self.rules))
+            for (_, _, trail), (output,) in zip(going, answers, strict=True):
+                trail.take(output)
+            going = [it for it in going if it[2].query is not None]
+            await self._search(unit, [trail for _, _, trail in going])
+        return [[trail.result() for trail in of] for of in trails]
+
+    async def _search(self, unit: Mapping[str, Any], trails: list[Trail]) -> None:
+        """One request for all that ask."""
+        if not trails:
+            return
+        tokenizer = tokenizer_of(Teacher.model_validate_json(unit["teacher"]))
+
+        def encode(text: str) -> list[int]:
+            return list(tokenizer.encode(text, add_special_tokens=False))
+
+        def cut(passage: str) -> str:
+            ids = encode(passage)
+            most = self.rules.passage_tokens
+            return passage if len(ids) <= most else str(tokenizer.decode(ids[:most]))
+
+        found = await self.retriever.find([str(trail.query) for trail in trails], self.rules.passages)
+        for trail, passages in zip(trails, found, strict=True):
+            trail.read([cut(passage) for passage in passages], encode)
+
+    def close(self) -> None:
+        self.engine.close()
+
+
+def _turn(unit: Mapping[str, Any], going: list[tuple[int, int, Trail]], rules: Search) -> dict[str, Any]:
+    """The unit of one more turn of these answers; each turn draws with a seed of its own.
+
+    vLLM's reasoning parsers know whole answers only, so the reasoning stays where it is in the trail.
+    """
+    settings = json.loads(unit["sampling"])
+    settings |= {"stop": [*settings.get("stop", []), *stops(rules)], "include_stop_str_in_output": True}
+    return {
+        **unit,
+        "reasoning": None,
+        "sampling": json.dumps(settings),
+        "samples": [0],
+        "prompt_ids": [f"{unit['prompt_ids'][p]}#{unit['samples'][s]}#{trail.searches}" for p, s, trail in going],
+        "messages": [unit["messages"][p] for p, _, _ in going],
+        "tools": [unit["tools"][p] for p, _, _ in going],
+        "token_ids": [[*unit["token_ids"][p], *trail.token_ids] for p, _, trail in going],
+    }

@@ -1,0 +1,114 @@
+"""Who finds passages for the replicas: one actor with a BM25 index, or somebody's server over any other index."""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from deltaray.errors import StageError
+from deltaray.generate.stream import Spec
+from deltaray.recipe.evaluation import Task
+from deltaray.recipe.recipe import Recipe
+from deltaray.recipe.search import Corpus, Search
+from deltaray.runtime.session import beside_driver
+from deltaray.search.corpus import corpus_digest, passages_of
+from deltaray.search.engine import Retriever, SearchSpec
+
+RETRIES = 5
+"""Of a request to a server, with pauses that double from one second on."""
+SECONDS = 120.0
+"""That one request may take."""
+
+
+@dataclass(frozen=True)
+class Index:
+    """Asks the one actor that has the corpus."""
+
+    actor: Any
+
+    async def find(self, queries: list[str], count: int) -> list[list[str]]:
+        return list(await self.actor.find.remote(queries, count))
+
+
+@dataclass(frozen=True)
+class Server:
+    """Asks as the clients of Search-R1's retrieval server do."""
+
+    url: str
+    pause: float = field(default=1.0)
+
+    async def find(self, queries: list[str], count: int) -> list[list[str]]:
+        """Raises StageError for a server that stays away or answers something else."""
+        import httpx2
+
+        body = {"queries": queries, "topk": count, "return_scores": True}
+        reason = ""
+        async with httpx2.AsyncClient(timeout=SECONDS) as client:
+            for attempt in range(RETRIES + 1):
+                try:
+                    answer = (await client.post(self.url, json=body)).raise_for_status().json()
+                    return passages_in(answer, len(queries))
+                except (httpx2.HTTPError, ValueError) as error:
+                    reason = f"{type(error).__name__} {error}".strip()
+                if attempt < RETRIES:
+                    await asyncio.sleep(self.pause * 2**attempt)
+        raise StageError(f"evaluation.search.url: {self.url} found nothing in {RETRIES + 1} attempts: {reason}")
+
+
+def passages_in(answer: Any, queries: int) -> list[list[str]]:
+    """The passages of every query in a server's answer, with scores or without; ValueError for any other answer."""
+    found = answer.get("result") if isinstance(answer, dict) else None
+    if not isinstance(found, list) or len(found) != queries:
+        raise ValueError("no `result` with a list for every query")
+    return [[_contents(item) for item in of_query] for of_query in found]
+
+
+def _contents(item: Any) -> str:
+    document = item.get("document", item) if isinstance(item, dict) else None
+    if not isinstance(document, dict) or not isinstance(document.get("contents"), str):
+        raise ValueError("a passage without `contents`")
+    return str(document["contents"]).strip()
+
+
+def searching(rules: Search) -> Callable[[Spec], Spec]:
+    """What puts searches around the replicas of a pool; the index is loaded, or made, before they ask.
+
+    Raises:
+        UserError: the corpus cannot be read.
+    """
+    return partial(_around, rules=rules, retriever=_retriever(rules))
+
+
+def _around(spec: Spec, rules: Search, retriever: Retriever) -> Spec:
+    return SearchSpec(spec, rules, retriever)
+
+
+def _retriever(rules: Search) -> Retriever:
+    if rules.corpus is None:
+        assert rules.url is not None
+        return Server(rules.url)
+    import ray
+
+    passages_of(rules.corpus)  # in this process, where a mistake in the corpus ends in one plain message
+    options = beside_driver() | {"max_restarts": -1, "max_task_retries": -1}
+    return Index(ray.remote(**options)(_Index).remote(rules.corpus))
+
+
+class _Index:
+    """The actor."""
+
+    def __init__(self, corpus: Corpus) -> None:
+        self.passages = passages_of(corpus)
+
+    def find(self, queries: list[str], count: int) -> list[list[str]]:
+        return self.passages.find(queries, count)
+
+
+def searched_in(recipe: Recipe, task: Task) -> dict[str, Any]:
+    """What decides what a task's answers read and when they have to stop; a corpus by its content."""
+    if not task.search or recipe.evaluation is None or recipe.evaluation.search is None:
+        return {}
+    rules = recipe.evaluation.search
+    plain = rules.model_dump(mode="json", exclude={"corpus"})
+    return {"search": plain | ({} if rules.corpus is None else {"corpus": corpus_digest(rules.corpus)})}
