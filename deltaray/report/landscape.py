@@ -128,8 +128,8 @@ def landscape_chart(found: dict[str, Any]) -> Chart:
     layout["yaxis"] |= {"zeroline": True}
     layout["annotations"] = [_label(point) for point in points if point["outlier"]]
     data = [_curve(found), _markers(points)] if found["curve"] else [_markers(points)]
-    if found["knee"] and found["knee"]["saturates"]:
-        layout["shapes"] = _knee(found["knee"])
+    if found["bend"] and found["bend"]["bends"]:
+        layout["shapes"] = _knee(found["knee"] if found["knee"]["saturates"] else found["bend"])
     alt = f"Delta landscape. {found['summary']}"
     return Chart("landscape", "Gain against delta", alt, 420, "landscape", data, layout)
 
@@ -172,14 +172,15 @@ def _curve(found: dict[str, Any]) -> Trace:
     deltas, curve = [point["delta"] for point in found["points"]], found["curve"]
     knee = curve["knee"]
     places = sorted({min(deltas), max(deltas), *([knee] if knee is not None else [])})
-    heights = [curve["level"] + curve["slope"] * (x if knee is None else min(x, knee)) for x in places]
+    ends = knee if knee is not None else max(places)
+    heights = [curve["level"] + curve["slope"] * min(x, ends) + curve["after"] * max(x - ends, 0) for x in places]
     line = {"color": "@c2", "width": 2}
     return {"type": "scatter", "mode": "lines", "name": "fit", "x": places, "y": heights, "line": line,
             "hoverinfo": "skip"}  # fmt: skip
 
 
 def _knee(knee: dict[str, Any]) -> list[dict[str, Any]]:
-    """The saturation point, and its interval as a band."""
+    """Where the curve saturates, or bends, and the interval of that as a band."""
     whole = {"y0": 0, "y1": 1, "yref": "paper", "layer": "below"}
     low, high = knee["interval"]
     at = {"type": "line", "x0": knee["knee"], "x1": knee["knee"], "line": {"color": "@c2", "width": 1.5, "dash": "dot"}}

@@ -4,13 +4,14 @@ arXiv 2507.06187, section 5.1: the gain grows with the mean delta of the pairs a
 5.2: the quality of the chosen responses matters little beside it; some pairs hurt in spite of a positive delta, with
 the likelihoods of both responses falling.
 
-Two curves are fitted by least squares: a straight line, and a line that is flat above a knee. The knee is believed
-where the second explains so much more that a straight line with the same scatter would do so in less than 5 % of
-cases. That is an F test whose distribution is simulated: under a straight line the knee means nothing, so that F's
-tables do not hold.
+Three curves are fitted by least squares: a straight line, a line that is flat above a knee, and one that goes on above
+it with a slope of its own. A knee is believed where the second explains so much more than the first that a straight
+line with the same scatter would do so in less than 5 % of cases. That is an F test whose distribution is simulated:
+under a straight line the knee means nothing, so that F's tables do not hold. A curve that bends need not be flat: it
+saturates unless the third, growing on, explains more than the second by the same test.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -61,15 +62,19 @@ class Point:
 
 @dataclass(frozen=True)
 class Curve:
-    """gain = level + slope * min(delta, knee); a straight line has no knee."""
+    """gain = level + slope * min(delta, knee) + after * max(delta - knee, 0); a straight line has no knee."""
 
     level: float
     slope: float
     knee: float | None
     residual: float  # sum of squares
+    after: float = 0.0  # the slope above the knee
 
     def at(self, deltas: Floats) -> Floats:
-        return self.level + self.slope * (deltas if self.knee is None else np.minimum(deltas, self.knee))
+        if self.knee is None:
+            return self.level + self.slope * deltas
+        bent = self.slope * np.minimum(deltas, self.knee) + self.after * np.maximum(deltas - self.knee, 0)
+        return self.level + bent
 
 
 # --- fitting ----------------------------------------------------------------------------------------------------
@@ -111,35 +116,53 @@ def kinked(deltas: Floats, gains: Floats) -> Curve:
     return Curve(float(levels[0, best]), float(slopes[0, best]), float(knees[best]), float(residuals[0, best]))
 
 
-def _f(line: Floats, knee: Floats, points: int) -> Floats:
-    """How much the knee explains, by what it leaves: one more parameter, points - 3 degrees of freedom."""
-    return (line - knee) / np.maximum(knee / (points - 3), 1e-300)
+def bent(deltas: Floats, gains: Floats) -> Curve:
+    """The best line that goes on above a knee with another slope."""
+    knees, low = _kinks(deltas)
+    y, means = gains - gains.mean(), low.mean(axis=1, keepdims=True)
+    high = np.maximum(deltas[None] - knees[:, None], 0)
+    a, b = low - means, high - high.mean(axis=1, keepdims=True)
+    aa, ab, bb, ay, by = (a * a).sum(1), (a * b).sum(1), (b * b).sum(1), a @ y, b @ y
+    whole = np.maximum(aa * bb - ab**2, 1e-300)
+    slopes, afters = (bb * ay - ab * by) / whole, (aa * by - ab * ay) / whole
+    left = ((y - slopes[:, None] * a - afters[:, None] * b) ** 2).sum(axis=1)
+    best = int(np.argmin(left))
+    level = gains.mean() - slopes[best] * means[best, 0] - afters[best] * high[best].mean()
+    return Curve(float(level), float(slopes[best]), float(knees[best]), float(left[best]), float(afters[best]))
 
 
-def knee_p(deltas: Floats, gains: Floats, seed: int = 0) -> float:
-    """How often a straight line with the observed scatter looks at least as kinked (parametric bootstrap)."""
-    line, count, bent = straight(deltas, gains), len(deltas), _kinks(deltas)[1]
-    scatter = np.sqrt(line.residual / (count - 2))
-    noise = np.random.default_rng(seed).normal(0, scatter, (RESAMPLES, count))
-    drawn = np.vstack([gains, line.at(deltas) + noise])  # what was seen comes first
-    left = [_lines(x, drawn)[2].min(axis=1) for x in (deltas[None], bent)]
-    found = _f(left[0], left[1], count)
-    return float((found[1:] >= found[0]).sum() + 1) / (RESAMPLES + 1)
+Fit = Callable[[Floats, Floats], Curve]
 
 
-def _bootstrap(deltas: Floats, gains: Floats, seed: int = 0) -> tuple[list[float], list[float]]:
-    """95 % intervals of the straight line's slope and of the knee, over resampled pairings."""
-    chance, slopes, knees = np.random.default_rng(seed), list[float](), list[float]()
+def p_of(simple: Fit, rich: Fit, numbers: int, deltas: Floats, gains: Floats, seed: int = 0) -> float:
+    """How often the rich curve explains at least as much more where the simple one is true (parametric bootstrap).
+
+    Args:
+        numbers: how many the simple one is fitted with; the rich one has one more.
+    """
+    curve, count = simple(deltas, gains), len(deltas)
+    noise = np.random.default_rng(seed).normal(0, np.sqrt(curve.residual / (count - numbers)), (RESAMPLES, count))
+
+    def f(values: Floats) -> float:
+        left = rich(deltas, values).residual
+        return (simple(deltas, values).residual - left) / max(left / (count - numbers - 1), 1e-300)
+
+    seen = f(gains)
+    return (sum(f(curve.at(deltas) + its) >= seen for its in noise) + 1) / (RESAMPLES + 1)
+
+
+def _bootstrap(deltas: Floats, gains: Floats, seed: int = 0) -> list[list[float]]:
+    """95 % intervals over resampled pairings: the straight line's slope, the knee, the bent line's knee and slope
+    above it."""
+    chance, drawn = np.random.default_rng(seed), list[tuple[float, ...]]()
     for _ in range(RESAMPLES):
         rows = chance.integers(0, len(deltas), len(deltas))
         x, y = deltas[rows], gains[rows]
         if len(np.unique(x)) < 4:
             continue
-        slopes.append(straight(x, y).slope)
-        curve = kinked(x, y)
-        if curve.knee is not None:
-            knees.append(curve.knee)
-    return [[float(it) for it in np.percentile(values, [2.5, 97.5])] for values in (slopes, knees)]  # type: ignore[return-value]
+        on = bent(x, y)
+        drawn.append((straight(x, y).slope, float(kinked(x, y).knee or 0), float(on.knee or 0), on.after))
+    return [[float(it) for it in np.percentile(values, [2.5, 97.5])] for values in zip(*drawn, strict=True)]
 
 
 # --- the whole --------------------------------------------------------------------------------------------------
@@ -151,23 +174,27 @@ def landscape(points: Sequence[Point]) -> dict[str, Any]:
         "curve": None,
         "line": None,
         "knee": None,
+        "bend": None,
         "quality": None,
     }
     deltas, gains = (np.array([getattr(it, name) for it in points]) for name in ("delta", "gain"))
     if len(points) >= LEAST_POINTS and len(np.unique(deltas)) >= 4:
-        line, knee = straight(deltas, gains), kinked(deltas, gains)
-        slope_interval, knee_interval = _bootstrap(deltas, gains)
-        p = knee_p(deltas, gains)
-        saturates = p < SIGNIFICANT and knee.slope > 0
-        found["line"] = _line_json(line) | {"slope_interval": slope_interval}
-        found["knee"] = _line_json(knee) | {"interval": knee_interval, "p": p, "saturates": saturates}
-        found["curve"] = _line_json(knee if saturates else line)
-        found["quality"] = _quality(points, gains - (knee if saturates else line).at(deltas))
+        line, flat, on = straight(deltas, gains), kinked(deltas, gains), bent(deltas, gains)
+        slopes, flats, knees, afters = _bootstrap(deltas, gains)
+        p, p_on = p_of(straight, kinked, 2, deltas, gains), p_of(kinked, bent, 3, deltas, gains)
+        bends = p < SIGNIFICANT and flat.slope > 0
+        saturates = bends and not (p_on < SIGNIFICANT and on.after > 0)
+        found["line"] = _line_json(line) | {"slope_interval": slopes}
+        found["knee"] = _line_json(flat) | {"interval": flats, "p": p, "saturates": saturates}
+        found["bend"] = _line_json(on) | {"interval": knees, "after_interval": afters, "p": p_on, "bends": bends}
+        best = flat if saturates else on if bends else line
+        found["curve"] = _line_json(best)
+        found["quality"] = _quality(points, gains - best.at(deltas))
     return found | {"summary": summary_of(points, found)}
 
 
 def _line_json(curve: Curve) -> dict[str, Any]:
-    return {"level": curve.level, "slope": curve.slope, "knee": curve.knee, "residual": curve.residual}
+    return asdict(curve)
 
 
 def _quality(points: Sequence[Point], left: Floats) -> dict[str, float] | None:
@@ -198,7 +225,7 @@ def _counted(points: Sequence[Point]) -> str:
 
 
 def _of_curve(points: Sequence[Point], found: dict[str, Any]) -> list[str]:
-    line, knee = found["line"], found["knee"]
+    line, knee, bend = found["line"], found["knee"], found["bend"]
     if line is None:
         return [f"Too few for a curve: it needs {LEAST_POINTS} pairings and four different deltas."]
     low, high = line["slope_interval"]
@@ -207,13 +234,23 @@ def _of_curve(points: Sequence[Point], found: dict[str, Any]) -> list[str]:
         way = "falls" if high < 0 else "is not shown to grow"
         return [f"The gain {way} with the delta (straight line: {slope})."]
     grows = f"The gain grows with the delta (straight line: {slope})"
+    test = f"simulated F test against the line: p = {knee['p']:.2g}"
+    if not bend["bends"]:
+        return [f"{grows}; the data show no saturation ({test})."]
+    on = f"{bend['after']:+.3g} per unit, 95 % interval {_ends(bend['after_interval'])}; p = {bend['p']:.2g}"
     if not knee["saturates"]:
-        return [f"{grows}; the data show no saturation (simulated F test against the line: p = {knee['p']:.2g})."]
-    ends = f"{knee['interval'][0]:.3g} to {knee['interval'][1]:.3g}"
+        return [
+            f"{grows}, more slowly from a delta of {bend['knee']:.3g} on (95 % interval {_ends(bend['interval'])}; "
+            f"{test}), but it does not end there ({on}): the data show no saturation."
+        ]
     return [
-        f"{grows} and is flat from a delta of {knee['knee']:.3g} on (95 % interval {ends}; simulated F test against "
-        f"the line: p = {knee['p']:.2g})."
+        f"{grows} and saturates at a delta of {knee['knee']:.3g} (95 % interval {_ends(knee['interval'])}; {test}): "
+        f"above its bend no growth is shown ({on})."
     ]
+
+
+def _ends(interval: Sequence[float]) -> str:
+    return f"{interval[0]:.3g} to {interval[1]:.3g}"
 
 
 def _of_quality(found: dict[str, Any]) -> list[str]:
