@@ -321,7 +321,7 @@ def test_texts_stay_within_the_budget(tmp_path: Path) -> None:
     for row in rows:
         row["chosen"][0]["content"] = "x" * (CLIP + 7)
     pq.write_table(pa.Table.from_pylist(rows, report_study.PAIRS), folder / "part.parquet")
-    pairing = read_pairing(folder, (), Sample(100, 3 * CLIP + 1000), [])
+    pairing = read_pairing(folder, (), Sample(100, 3 * CLIP + 2500), [])
     assert len(pairing.pairs) == 3 and pairing.rows == 30
     assert pairing.pairs[0]["chosen"][0]["cut"] == 7
 

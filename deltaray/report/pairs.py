@@ -24,8 +24,10 @@ Floats = npt.NDArray[np.float64]
 BATCH = 256
 CLIP = 20_000
 """Characters of one message that the page keeps."""
-BUDGET = 32_000_000
+BUDGET = 16_000_000
 """Characters that all pairings of a page may embed together, so that the page opens on a phone."""
+ROW = 350
+"""Characters that a pair takes beside its texts."""
 FIELDS = (
     "prompt_id", "prompt", "chosen", "rejected", "chosen_model", "rejected_model", "chosen_score",
     "rejected_score", "delta", "chosen_tokens", "rejected_tokens", "source", "answer", "chosen_sample",
@@ -160,7 +162,7 @@ def _within_budget(picked: dict[int, Row], wanted: list[int], budget: int) -> tu
     kept: list[int] = []
     for position in wanted:
         sides = (picked[position][side] for side in ("prompt", "chosen", "rejected"))
-        budget -= sum(len(message["content"]) for messages in sides for message in messages)
+        budget -= ROW + sum(len(message["content"]) for messages in sides for message in messages)
         if budget < 0 and kept:
             break
         kept.append(position)
