@@ -89,7 +89,9 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> StudyRun:
     """The shipped miniature, killed once, interrupted once, then run to its end. Its family is cached in runs/."""
     out = tmp_path_factory.mktemp("miniature") / "study"
     recipe = str(shipped_recipe("miniature"))
-    arguments = ("--set", f"out={out}", "--set", "training.runs.sft.learning_rate=[1e-4,1e-3]")
+    smaller = ["training.runs.sft.learning_rate=[1e-4,1e-3]"]
+    smaller += [f"evaluation.tasks.{task}.limit=1024" for task in ("addition", "addition_sampled")]
+    arguments = ("--set", f"out={out}", *(word for setting in smaller for word in ("--set", setting)))
 
     def there_are(files: int, pattern: str) -> Callable[[], bool]:
         return lambda: len(list(out.glob(pattern))) >= files

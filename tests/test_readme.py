@@ -9,8 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, StudyRun, deltaray
-from ruamel.yaml import YAML
+from conftest import ROOT, StudyRun
 
 from deltaray import cli
 from deltaray.recipe import load_recipe
@@ -69,26 +68,6 @@ def test_the_readme_recipe_is_a_recipe(tmp_path: Path) -> None:
 def test_paths_in_the_readme_exist() -> None:
     links = re.findall(r"\]\((?!http)([^)#]+)\)", README)
     assert links and all((ROOT / link).exists() for link in links)
-
-
-def test_a_running_cluster_is_joined_by_its_address(study: StudyRun, ray_session: object, tmp_path: Path) -> None:
-    """`pair` on the Ray of this process: the same pairs as the embedded one made."""
-    import ray
-
-    recipe = YAML(typ="safe").load(study.out / "recipe.yaml")
-    recipe["out"] = str(tmp_path / "out")
-    YAML(typ="safe").dump(recipe, tmp_path / "joined.yaml")
-    (tmp_path / "out").mkdir()
-    for folder in ("prompts", "responses", "scores", ".deltaray/definitions"):
-        (tmp_path / "out" / folder).parent.mkdir(exist_ok=True)
-        (tmp_path / "out" / folder).symlink_to(study.out / folder)
-    address = ray.get_runtime_context().gcs_address
-    joined = deltaray("pair", str(tmp_path / "joined.yaml"), "--set", f"cluster.address={address}")
-    assert joined.code == 0, joined.stderr
-    files = sorted((study.out / "pairs").rglob("*.parquet"))
-    assert files and all(
-        (tmp_path / "out" / file.relative_to(study.out)).read_bytes() == file.read_bytes() for file in files
-    )
 
 
 def test_the_sections_on_scores_and_pairs_are_recipes(tmp_path: Path) -> None:

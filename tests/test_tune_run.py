@@ -39,10 +39,7 @@ def explored(ray_session, tmp_path_factory: pytest.TempPathFactory) -> tuple[Sto
     """(store, records at the kill, when each student was committed by then, the resumed command)."""
     folder = tmp_path_factory.mktemp("tune")
     out, model = folder / "out", save_tiny(folder / "model")
-    pairs = [
-        {"prompt": f"{n}+{7 * n}=", "chosen": str(8 * n), "rejected": f"i guess {n}" * (1 + n % 3)} for n in range(24)
-    ]
-    Path(f"{out}-pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    write_pairs(out)
     address = ray_session.get_runtime_context().gcs_address
     recipe = folder / "recipe.yaml"
     recipe.write_text(RECIPE.format(out=out, model=model, address=address))
@@ -55,6 +52,13 @@ def explored(ray_session, tmp_path_factory: pytest.TempPathFactory) -> tuple[Sto
     records, students = read_records(store), committed(out)
     assert killed.code == -9, killed.stderr[-3000:]
     return store, records, students, deltaray("tune", str(recipe))
+
+
+def write_pairs(out: Path) -> None:
+    pairs = [
+        {"prompt": f"{n}+{7 * n}=", "chosen": str(8 * n), "rejected": f"i guess {n}" * (1 + n % 3)} for n in range(24)
+    ]
+    Path(f"{out}-pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
 
 
 def committed(out: Path) -> dict[str, int]:
@@ -91,6 +95,39 @@ def test_trials_have_room_and_the_best_is_one_path_away(explored) -> None:
     assert all(record["heldout_accuracy"]["mean"] is not None and record["delta"]["mean"] for record in kept)
     assert {record["delta"]["mean"] > 0 for record in kept} == {True, False}  # one order and the other
     assert list(Path(store.out).glob("tuning/ray/*/*/events.out.tfevents.*"))  # TensorBoard
+
+
+HALVED = """\
+name: halved
+out: {out}
+seeds: [0, 1]
+preferences: {{path: {out}-pairs.jsonl}}
+scorers: {{length: {{kind: surface, statistic: characters}}}}
+student: {{model: {model}, max_length: 64}}
+training: {{dtype: float32, zero_stage: 1, heldout: 0.25, heldout_evaluations: 2}}
+pairings: {{up: {{chosen: chosen, rejected: rejected, scorer: length}}}}
+exploration:
+  space: {{pairings: [up], learning_rate: [1e-2, 1e-9]}} # the first learns, the second cannot
+  run: {{loss: simpo, batch_size: 4}}
+  asha: {{reduction: 2}}
+cluster: {{address: "{address}"}}
+"""
+
+
+def test_successive_halving_stops_the_worse_trial_after_its_first_seed(ray_session, tmp_path: Path) -> None:
+    out, recipe = tmp_path / "out", tmp_path / "recipe.yaml"
+    write_pairs(out)
+    address = ray_session.get_runtime_context().gcs_address
+    recipe.write_text(HALVED.format(out=out, model=save_tiny(tmp_path / "model"), address=address))
+    done = deltaray("tune", str(recipe))
+    assert done.code == 0, done.stderr[-3000:]
+    records = {record["settings"]["learning_rate"]: record for record in read_records(Store(str(out))).values()}
+    assert {rate: record["state"] for rate, record in records.items()} == {1e-2: "finished", 1e-9: "stopped"}
+    assert records[1e-2]["heldout_accuracy"]["mean"] == 1
+    kept = records[1e-2]["runs"]
+    assert len(kept) == 2 and kept.keys() <= committed(out).keys()
+    begun = {path.parent.name for path in out.glob("training/*/metrics.jsonl")} - kept.keys()
+    assert len(begun) == 1 and begun.pop().endswith("-seed0")
 
 
 SWEEP = """\
