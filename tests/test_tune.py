@@ -215,6 +215,9 @@ def test_trials_are_over_for_the_seeds_that_they_had(tmp_path: Path) -> None:
     assert Explorer(base, store).left() == 4 and Explorer(base, store, retry_failed=True).left() == 5
 
 
+DIED = "Traceback (most recent call last):\n  File x, line 1, in y\nMemoryError: no room\nKilled\n"
+
+
 def test_trials_that_cannot_write_their_own_record_get_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A trial that the scheduler stops, and one whose process dies: Ray Tune tells the driver of both."""
     monkeypatch.setattr(Follower, "_clear", lambda *_: None)  # it asks Ray to remove checkpoints
@@ -225,7 +228,7 @@ def test_trials_that_cannot_write_their_own_record_get_one(tmp_path: Path, monke
     first, second, third = grid(recipe)[:3]
     ends = {
         first.name: SimpleNamespace(config={"choice": first.choice}, last_result={"phase": "train", "evaluations": 2}),
-        second.name: SimpleNamespace(config={"choice": second.choice}, last_result={}, get_error=lambda: "x\nKilled\n"),
+        second.name: SimpleNamespace(config={"choice": second.choice}, last_result={}, get_error=lambda: DIED),
         third.name: SimpleNamespace(config={"choice": third.choice}, last_result={"phase": "finished", "mean": 0.5}),
     }
     follower.on_trial_complete(1, [], ends[first.name])
@@ -233,7 +236,7 @@ def test_trials_that_cannot_write_their_own_record_get_one(tmp_path: Path, monke
     follower.on_trial_complete(1, [], ends[third.name])
     records = read_records(store)
     assert records[first.name]["state"] == "stopped" and "after evaluation 2" in records[first.name]["reason"]
-    assert records[second.name]["reason"] == "died in every attempt: Killed"
+    assert records[second.name]["reason"] == "died in every attempt: MemoryError: no room"
     assert counts[-1] == {"waiting": 0, "running": 0, "finished": 1, "stopped": 1, "failed": 1}
     assert third.name not in records and said[2].endswith("finished: mean 0.5")  # that one has written its own
     assert all(is_over(records[trial.name], [0]) for trial in (first, second))

@@ -24,8 +24,8 @@ def told_in(error: BaseException) -> StageError | UserError | None:
     return OURS[found[1]](found[2].strip()) if found else None
 
 
-def cause_of(error: BaseException) -> str:
-    """Name and message of the exception that a failure began with, in one line. Pure.
+def cause_of(error: BaseException | str) -> str:
+    """Name and message of the exception, or text of one, that a failure began with, in one line. Pure.
 
     Ray's exceptions hold the remote traceback as text. Its first exception is the cause of those after it.
     """
@@ -34,4 +34,5 @@ def cause_of(error: BaseException) -> str:
         return found[1]
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     telling = [line for line in lines if "error" in line.lower() and "https://" not in line]
-    return f"{type(error).__name__}: {(telling or lines or ['no message'])[-1]}"
+    last = (telling or lines or ["no message"])[-1]
+    return last if isinstance(error, str) else f"{type(error).__name__}: {last}"

@@ -8,6 +8,7 @@ from ray.tune import Callback
 
 from deltaray.recipe.check_exploration import objectives_of
 from deltaray.recipe.recipe import Recipe
+from deltaray.runtime.failures import cause_of
 from deltaray.store import Store
 from deltaray.tune.records import write_record
 from deltaray.tune.space import Trial, trial_of
@@ -60,9 +61,7 @@ class Follower(Callback):  # type: ignore[misc]
         self._end(trial, "stopped", reason)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        lines = str(trial.get_error() or "its process died").strip().splitlines()
-        reason = next((line for line in reversed(lines) if line.strip()), "its process died").strip()
-        reason = f"died in every attempt: {reason}"
+        reason = f"died in every attempt: {cause_of(trial.get_error() or 'its process died')}"
         self._record(trial, "failed", reason, {})
         self._end(trial, "failed", reason)
 
