@@ -1,6 +1,5 @@
 """The rules of an answer that searches: what it asks for, what it is shown, when it ends. Pure."""
 
-import re
 from collections.abc import Callable, Sequence
 
 from deltaray.generate.requests import Output
@@ -12,7 +11,7 @@ class Trail:
 
     def __init__(self, rules: Search) -> None:
         self.rules = rules
-        self.text = ""
+        self.text, self.own = "", ""  # with what was read, and without
         self.token_ids: list[int] = []
         self.searches = 0
         self.query: str | None = None
@@ -22,6 +21,7 @@ class Trail:
     def take(self, output: Output) -> None:
         """The model's next words."""
         self.text += output["text"]
+        self.own += output["text"]
         self.token_ids += output["token_ids"]
         self.last = output
         asked = None if output["error"] else asked_for(output["text"], self.rules.query)
@@ -36,7 +36,7 @@ class Trail:
 
     def result(self) -> Output:
         """The answer alone as the text, the whole trail as the reasoning; no text if it came to no answer."""
-        answer = final_answer(self.text, self.rules)
+        answer = final_answer(self.own, self.rules.answer)
         reason = self.last["finish_reason"] if self.last["error"] or answer is not None else "length"
         return {
             "token_ids": self.token_ids,
@@ -67,9 +67,8 @@ def shown(passages: Sequence[str], tag: str) -> str:
     return "\n".join(["", f"<{tag}>", *lines, f"</{tag}>", ""])
 
 
-def final_answer(text: str, rules: Search) -> str | None:
-    """What stands between the last answer tags that the model wrote; None if there are none."""
-    own = re.sub(rf"<{rules.result}>.*?</{rules.result}>", "", text, flags=re.DOTALL)
-    before, closed, _ = own.rpartition(f"</{rules.answer}>")
-    _, opened, answer = before.rpartition(f"<{rules.answer}>")
+def final_answer(own: str, tag: str) -> str | None:
+    """What stands between the last answer tags of what the model itself wrote; None if there are none."""
+    before, closed, _ = own.rpartition(f"</{tag}>")
+    _, opened, answer = before.rpartition(f"<{tag}>")
     return answer.strip() if closed and opened else None
