@@ -2,8 +2,9 @@
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from deltaray.runtime.demands import refuse_impossible
 from deltaray.runtime.failures import cause_of, told_in
 from deltaray.runtime.memory import PeakMemory
 from deltaray.runtime.metrics import StudyMetrics
-from deltaray.runtime.session import Capacity, logs_of_ray, start_ray
+from deltaray.runtime.room import RoomWatch
+from deltaray.runtime.session import Capacity, joins_cluster, logs_of_ray, start_ray
 from deltaray.runtime.terminal import StageProgress, Terminal
 from deltaray.store import Store
 
@@ -67,7 +69,12 @@ class Runner:
         self.ray()
         self._name_logs()
         self._spent(working=False)
-        with PeakMemory() as memory, self.terminal.progress(stage, shown or unit, self._heard) as progress:
+        shown = shown or unit
+        with (
+            PeakMemory() as memory,
+            self.terminal.progress(stage, shown, self._heard) as progress,
+            self._room(stage, progress),
+        ):
             yield progress
         self._spent()
         record = {
@@ -82,6 +89,12 @@ class Runner:
         self.records.append(record)
         self.keep_records()
         self.terminal.say(f"{stage}: {left:,} {unit} in {record['seconds']:,} s, peak {memory.gib:.1f} GiB")
+
+    def _room(self, stage: str, progress: StageProgress) -> AbstractContextManager[Any]:
+        """On a cluster that others may use it is said why nothing happens."""
+        if not joins_cluster(self.study.recipe.cluster):
+            return nullcontext()
+        return RoomWatch(lambda: (progress.done, progress.tokens), partial(self.say, stage))
 
     def _heard(self, stage: str, item: str, done: int, total: int) -> None:
         self.metrics.stage(stage, item, done, total)
