@@ -14,9 +14,9 @@ from deltaray.runtime.watch import RayletWatch
 EMBEDDED_CPUS = 8
 """Least logical CPUs of a Ray started here: its workers mostly wait, and pipelines of actor pools deadlock on two."""
 START_ATTEMPTS = 3
-RETRY_DELAY = 15_000
-"""Milliseconds before Ray repeats what was lost with a worker of a cluster. It takes so long or longer to know that a
-node has vanished; without a pause all repetitions would be spent on it before."""
+RETRY_DELAY = 25_000
+"""Milliseconds before Ray repeats what was lost with a worker of a cluster. To know that a node has vanished takes its
+head five looks of up to 13 s each; without pauses all three repetitions would be spent on it before."""
 STREAM_CPUS = 1.0
 """Logical CPUs that the reading and writing tasks around an actor pool need."""
 TRIAL_CPUS = 0.25
