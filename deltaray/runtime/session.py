@@ -14,9 +14,10 @@ from deltaray.runtime.watch import RayletWatch
 EMBEDDED_CPUS = 8
 """Least logical CPUs of a Ray started here: its workers mostly wait, and pipelines of actor pools deadlock on two."""
 START_ATTEMPTS = 3
-RETRY_DELAY = 25_000
-"""Milliseconds before Ray repeats what was lost with a worker of a cluster. To know that a node has vanished takes its
-head five looks of up to 13 s each; without pauses all three repetitions would be spent on it before."""
+RETRY_DELAYS = {"RAY_task_retry_delay_ms": 25_000, "RAY_task_actor_unavailable_retry_delay_base_ms": 10_000}
+"""Milliseconds before Ray repeats what was lost with a worker of a cluster; for an actor that is out of reach the first
+pause, each further one being twice as long. To know that a node has vanished takes the head five looks of up to 13 s
+each; without pauses all three repetitions would be spent on it before."""
 STREAM_CPUS = 1.0
 """Logical CPUs that the reading and writing tasks around an actor pool need."""
 TRIAL_CPUS = 0.25
@@ -77,7 +78,8 @@ def start_ray(cluster: Cluster, say: Callable[[str], None]) -> Capacity:
     # Ray Data doubles a pool and waits for the new nodes before it doubles again: all that it may use come at once
     os.environ.setdefault("RAY_DATA_DEFAULT_CLUSTER_SCALING_UP_FACTOR", "1000000")
     if joins_cluster(cluster):
-        os.environ.setdefault("RAY_task_retry_delay_ms", str(RETRY_DELAY))
+        for name, delay in RETRY_DELAYS.items():
+            os.environ.setdefault(name, str(delay))
     import ray
 
     if not ray.is_initialized():
