@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from deltaray.generate.requests import Output, failed
 from deltaray.generate.units import Unit, responses_in
+from deltaray.runtime.orphans import end_with_job
 
 Packed = dict[str, bytes]
 
@@ -204,6 +205,7 @@ class _PoolWorker:
     """The actor of the pool: one engine, several units in flight (Ray Data runs the coroutines side by side)."""
 
     def __init__(self, spec: Spec) -> None:
+        end_with_job()
         self.engine = spec.start()
 
     async def __call__(self, row: Packed) -> Packed:

@@ -14,6 +14,7 @@ from ray.train.torch import TorchTrainer
 from deltaray.errors import StageError, UserError
 from deltaray.recipe.study import Study, TrainingRun
 from deltaray.recipe.training import Training
+from deltaray.runtime.orphans import end_with_job
 from deltaray.runtime.session import Capacity, beside_driver, cluster_capacity, logs_of_ray
 from deltaray.runtime.threads import Job, as_room_allows
 from deltaray.store import Store
@@ -134,6 +135,7 @@ def _work(job: dict[str, Any]) -> None:
     # torch and DeepSpeed are imported in the workers only.
     from deltaray.train.loop import Job, train_runs
 
+    end_with_job()
     train_runs(Job(**job))
 
 
