@@ -4,6 +4,7 @@ Models of one architecture share one vLLM engine, whose weights are swapped betw
 """
 
 from collections.abc import Callable
+from typing import Any
 
 from deltaray.aggregate.results import aggregation
 from deltaray.contracts import RESPONSES
@@ -25,7 +26,7 @@ from deltaray.runtime.preflight import task_sources
 from deltaray.runtime.session import Capacity
 from deltaray.score.files import Unit as ScoreUnit
 from deltaray.score.stage import score_units
-from deltaray.search.retrievers import searched_in, searching
+from deltaray.search.retrievers import search_identity, searching
 from deltaray.store import Store
 
 
@@ -83,18 +84,20 @@ def _answering(student: Student) -> Teacher:
 
 def evaluation_work(study: Study, store: Store) -> list[Work]:
     """What every model still has to answer in each of its tasks."""
-    tasks = all_tasks(study)
+    tasks, searched = all_tasks(study), search_identity(study.recipe)
     return [
-        _task_work(study, store, name, model, task, tasks[task])
+        _task_work(study, store, name, model, task, tasks[task], searched if tasks[task].search else {})
         for name, (model, names) in models_to_evaluate(study, store).items()
         for task in names
     ]
 
 
-def _task_work(study: Study, store: Store, name: str, model: Teacher, task: str, spec: Task) -> Work:
+def _task_work(
+    study: Study, store: Store, name: str, model: Teacher, task: str, spec: Task, searched: dict[str, Any]
+) -> Work:
     destination, prompts = Store.evaluation_responses(name, task), Store.evaluation_prompts(task)
     asked = model.model_copy(update={"sampling": spec.sampling})
-    identity = identity_digest(generation_identity(asked) | searched_in(study.recipe, spec))
+    identity = identity_digest(generation_identity(asked) | searched)
     size = study.recipe.unit_size
     return work_of(store, Assignment(name, asked, prompts, destination, identity, size, search=spec.search))
 

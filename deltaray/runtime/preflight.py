@@ -18,7 +18,7 @@ from deltaray.recipe.evaluation import Task
 from deltaray.recipe.models import Model, Teacher
 from deltaray.recipe.scorers import Judge, RewardModel, Scorer, scorer_part
 from deltaray.recipe.study import Study, base_name
-from deltaray.search.retrievers import searched_in
+from deltaray.search.retrievers import search_identity
 from deltaray.store import Store
 
 HUB_TIMEOUT = 20.0
@@ -243,10 +243,11 @@ def definitions(study: Study) -> dict[str, dict[str, Any]]:
         settings = run.settings.model_dump(mode="json")
         paired = " + ".join(run.pairings)
         found[f"training/{name}"] = {**settings, "student": run.student, "pairing": paired, **common}
+    searched = search_identity(recipe)
     for section in ("tasks", "selection"):
         for name, task in _tasks(study, section).items():
             scored = {"scorer": scorer_identity(task_scorer(study, task)), "part": scorer_part(task.scorer or "")}
-            asked = {"sampling": task.sampling.model_dump(mode="json"), **searched_in(recipe, task)}
+            asked = {"sampling": task.sampling.model_dump(mode="json"), **(searched if task.search else {})}
             found[f"evaluation/task={name}"] = asked | scored
     if recipe.evaluation is not None:
         for name, benchmark in recipe.evaluation.harness_tasks.items():

@@ -10,12 +10,11 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 
 from deltaray.errors import UserError
-from deltaray.generate.identity import SAMPLED_BYTES
+from deltaray.generate.identity import add_sampled
 from deltaray.prompts.formats import files_of, is_hub_dataset, open_rows, place
 from deltaray.prompts.view import View
 from deltaray.recipe.search import Corpus
@@ -117,15 +116,11 @@ def corpus_digest(corpus: Corpus) -> str:
     """Tells two corpora apart by their size, beginning and end, wherever they lie."""
     digest = hashlib.sha256(f"{corpus.text} {corpus.title} {version('bm25s')}".encode())
     for file in files_of(corpus.path, f"{KEY}.path", View(corpus.config, corpus.split)):
-        size = file.stat().st_size
-        digest.update(f" {size} {file.suffix} ".encode())
-        with file.open("rb") as source:
-            digest.update(source.read(SAMPLED_BYTES))
-            source.seek(max(0, size - SAMPLED_BYTES))
-            digest.update(source.read())
+        digest.update(f" {file.suffix} ".encode())
+        add_sampled(digest, file)
     return digest.hexdigest()[:16]
 
 
 def _cache() -> Path:
-    given: Any = os.environ.get("XDG_CACHE_HOME")
+    given = os.environ.get("XDG_CACHE_HOME")
     return (Path(given) if given else Path.home() / ".cache") / "deltaray" / "search"

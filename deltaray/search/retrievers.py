@@ -2,13 +2,12 @@
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from deltaray.errors import StageError
 from deltaray.generate.stream import Spec
-from deltaray.recipe.evaluation import Task
 from deltaray.recipe.recipe import Recipe
 from deltaray.recipe.search import Corpus, Search
 from deltaray.runtime.session import beside_driver
@@ -36,7 +35,7 @@ class Server:
     """Asks as the clients of Search-R1's retrieval server do."""
 
     url: str
-    pause: float = field(default=1.0)
+    pause: float = 1.0  # seconds before the first repetition
 
     async def find(self, queries: list[str], count: int) -> list[list[str]]:
         """Raises StageError for a server that stays away or answers something else."""
@@ -105,9 +104,9 @@ class _Index:
         return self.passages.find(queries, count)
 
 
-def searched_in(recipe: Recipe, task: Task) -> dict[str, Any]:
-    """What decides what a task's answers read and when they have to stop; a corpus by its content."""
-    if not task.search or recipe.evaluation is None or recipe.evaluation.search is None:
+def search_identity(recipe: Recipe) -> dict[str, Any]:
+    """What decides what answers that search read and when they have to stop; a corpus by its content, which is read."""
+    if recipe.evaluation is None or recipe.evaluation.search is None:
         return {}
     rules = recipe.evaluation.search
     plain = rules.model_dump(mode="json", exclude={"corpus"})
