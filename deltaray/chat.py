@@ -9,6 +9,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from deltaray.errors import UserError
+from deltaray.imports import quick_imports
 from deltaray.prompts.turns import short
 from deltaray.recipe.models import Model
 
@@ -28,7 +29,8 @@ def load_tokenizer(model: Model, key: str) -> Any:
     Raises:
         UserError: it cannot be loaded or has no chat template; `key` names the recipe's section.
     """
-    from transformers import AutoTokenizer
+    with quick_imports():
+        from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(

@@ -30,6 +30,7 @@ class Gate:
         self.reached, self.release = threading.Event(), threading.Event()
         self.delay = 0.0  # seconds before each answer
         self.busy = 0.0  # share of the requests that it asks to come again
+        self.away = 0  # so many requests to come are refused as it would when it is down
         self.draw = random.Random(0)
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
@@ -37,6 +38,9 @@ class Gate:
         if self.refused and self.refused.search(request):
             return _refuse(environ, start_response, "403 Forbidden", DENIED)
         time.sleep(self.delay)
+        if self.away:
+            self.away -= 1
+            return _refuse(environ, start_response, *next(iter(BUSY.items())))
         if self.draw.random() < self.busy:
             return _refuse(environ, start_response, *self.draw.choice(list(BUSY.items())))
         if self.held and self.held.search(request):

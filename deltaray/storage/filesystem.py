@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import pyarrow as pa
@@ -57,17 +57,24 @@ def connect(out: str) -> tuple[fs.FileSystem, str]:
     return base, path
 
 
-def patient(filesystem: fs.FileSystem) -> fs.FileSystem:
-    """The file system, which on S3 bears with an outage of about a minute and with answers that take as long.
+class PatientS3(fs.S3FileSystem):  # type: ignore[misc]  # pyarrow has no types
+    """S3 that bears with an outage of about a minute and with answers that take as long.
 
     By itself an address's file system gives up after 30 pauses of 0.2 s (Arrow, `ConnectRetryStrategy`), and takes an
-    answer that is silent for 3 s for lost (the AWS SDK).
+    answer that is silent for 3 s for lost (the AWS SDK). Pickled, pyarrow's own forgets how often it should try again.
     """
-    if filesystem.type_name != "s3":
-        return filesystem
-    _, (options,) = filesystem.__reduce__()
-    again = fs.AwsStandardS3RetryStrategy(max_attempts=ATTEMPTS)
-    return fs.S3FileSystem(**options | {"request_timeout": ANSWER_SECONDS}, retry_strategy=again)
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        again = fs.AwsStandardS3RetryStrategy(max_attempts=ATTEMPTS)
+        super().__init__(**options | {"request_timeout": ANSWER_SECONDS}, retry_strategy=again)
+
+    def __reduce__(self) -> tuple[type["PatientS3"], tuple[dict[str, Any]]]:
+        return PatientS3, super().__reduce__()[1]
+
+
+def patient(filesystem: fs.FileSystem) -> fs.FileSystem:
+    """The file system, with patience where it is S3."""
+    return PatientS3(*filesystem.__reduce__()[1]) if filesystem.type_name == "s3" else filesystem
 
 
 def put(filesystem: fs.FileSystem, path: str, content: bytes | pa.Buffer) -> None:

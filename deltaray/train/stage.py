@@ -12,6 +12,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedErr
 from ray.train.torch import TorchTrainer
 
 from deltaray.errors import StageError, UserError
+from deltaray.imports import quick_imports
 from deltaray.recipe.study import Study, TrainingRun
 from deltaray.recipe.training import Training
 from deltaray.runtime.orphans import end_with_job
@@ -124,7 +125,7 @@ def _trainer(
         ),
         run_config=RunConfig(
             name=name,
-            storage_path=store.address(_STATE),
+            **store.ray_storage(_STATE),
             failure_config=FailureConfig(max_failures=training.max_failures),
             worker_runtime_env={"env_vars": _environment(gpus)},
         ),
@@ -132,8 +133,8 @@ def _trainer(
 
 
 def _work(job: dict[str, Any]) -> None:
-    # torch and DeepSpeed are imported in the workers only.
-    from deltaray.train.loop import Job, train_runs
+    with quick_imports():  # torch and DeepSpeed are imported in the workers only
+        from deltaray.train.loop import Job, train_runs
 
     end_with_job()
     train_runs(Job(**job))

@@ -106,7 +106,7 @@ class Explorer:
             tune_config=self._config(capacity),
             run_config=tune.RunConfig(
                 name=f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:4]}",
-                storage_path=self.store.address(LOGS),
+                **self.store.ray_storage(LOGS),
                 failure_config=tune.FailureConfig(max_failures=explored(recipe).max_failures),
                 callbacks=[follower(self.left()), *_loggers(recipe)],
                 verbose=0,
