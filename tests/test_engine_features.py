@@ -3,13 +3,16 @@
 import dataclasses
 import importlib.util
 import json
+import subprocess
+import sys
 from pathlib import Path
 
+import psutil
 import pytest
 from character_model import encode, make_model, make_tokenizer
 
 from deltaray.errors import UserError
-from deltaray.generate.metrics import EngineMetrics
+from deltaray.generate.metrics import EngineMetrics, short_name
 from deltaray.generate.requests import request_seed
 from deltaray.generate.spec import EngineSpec, lora_rank
 from deltaray.generate.weights import check_same_model
@@ -185,9 +188,39 @@ def test_weights_of_another_shape_are_refused(tmp_path):
         check_same_model(EngineSpec(a), str(tmp_path / "b"))
 
 
+def test_metrics_name_a_folder_by_what_stays_the_same_from_job_to_job():
+    assert short_name("owner/model") == "owner/model"
+    assert short_name("/tmp/ray/session_1/working_dir_files/_ray_pkg_12/family/seed0/mini-m") == "seed0/mini-m"
+
+
 def test_without_ray_metrics_are_silent(monkeypatch):
     monkeypatch.setattr("ray.is_initialized", lambda: False)
     metrics = EngineMetrics("some/model")
     metrics.answer("teacher", "stop", 3, 4)
     metrics.rest()
     assert (metrics.series, metrics.sums) == ({}, {})
+
+
+STANDING = """
+import signal, subprocess, sys, time
+from deltaray.generate.stall import StallWatch
+watch = StallWatch(0.5, "some/model")
+for _ in range(4):  # each step in time, all of them together not
+    with watch.step():
+        time.sleep(0.2)
+time.sleep(1)  # nothing to do
+core = subprocess.Popen(["sleep", "1000"])
+core.send_signal(signal.SIGSTOP)
+print(core.pid, flush=True)
+with watch.step():
+    core.wait()
+"""
+
+
+def test_an_engine_that_stands_still_is_ended_with_its_children() -> None:
+    command = [sys.executable, "-c", STANDING]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 1, ran.stderr
+    assert "the engine of some/model has not ended a step for 0.5 s (engine.stall_seconds)" in ran.stderr
+    core = int(ran.stdout)
+    assert not psutil.pid_exists(core) or psutil.Process(core).status() == psutil.STATUS_ZOMBIE

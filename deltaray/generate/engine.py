@@ -27,7 +27,9 @@ from deltaray.generate.metrics import EngineMetrics
 from deltaray.generate.reasoning import Splitter
 from deltaray.generate.requests import Output, failed, output_of, prompt_logprobs, sampling_parameters
 from deltaray.generate.spec import EngineSpec
+from deltaray.generate.stall import StallWatch
 from deltaray.generate.weights import Adapters, check_same_model, load_weights
+from deltaray.imports import quick_imports
 
 log = logging.getLogger(__name__)
 
@@ -49,8 +51,8 @@ class _Job:
 class Engine:
     """One vLLM engine that several units may use at once. Every call into vLLM happens on its one thread.
 
-    A prompt that the engine refuses becomes an answer with finish_reason "error". An engine that breaks ends the
-    process: nothing in it can be trusted afterwards, and Ray starts a new actor and repeats its units.
+    A prompt that the engine refuses becomes an answer with finish_reason "error". An engine that breaks or stands still
+    ends the process: nothing in it can be trusted afterwards, and Ray starts a new actor and repeats its units.
     """
 
     def __init__(self, spec: EngineSpec) -> None:
@@ -86,15 +88,17 @@ class _Stepper:
     """The engine's thread: takes units, swaps weights between them, steps vLLM, hands out answers."""
 
     def __init__(self, spec: EngineSpec, inbox: "queue.SimpleQueue[_Job | None]") -> None:
-        from vllm.engine.arg_utils import EngineArgs
-        from vllm.exceptions import VLLMClientError
-        from vllm.usage.usage_lib import UsageContext
-        from vllm.v1.engine.llm_engine import LLMEngine
+        with quick_imports():
+            from vllm.engine.arg_utils import EngineArgs
+            from vllm.exceptions import VLLMClientError
+            from vllm.usage.usage_lib import UsageContext
+            from vllm.v1.engine.llm_engine import LLMEngine
 
         # LLM_CLASS: vLLM's larger batch defaults for offline work.
         self.engine = LLMEngine.from_engine_args(EngineArgs(**spec.arguments), UsageContext.LLM_CLASS)
         self.metrics = EngineMetrics(spec.model)
         self.metrics.attach(self.engine)
+        self.watch = StallWatch(spec.stall_seconds, spec.model)
         self.adapters = Adapters(self.engine)
         self.splitters: dict[str, Splitter] = {}
         self.spec = spec
@@ -204,7 +208,9 @@ class _Stepper:
 
     def step(self) -> None:
         """One step of the running batch; with FINAL_ONLY vLLM returns just the requests that ended in it."""
-        for result in self.engine.step():
+        with self.watch.step():
+            results = self.engine.step()
+        for result in results:
             job, prompt, place = self.running.pop(result.request_id)
             output = output_of(result.outputs[0]) | prompt_logprobs(result)
             if job.splitter:

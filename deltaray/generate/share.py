@@ -53,6 +53,7 @@ def pool_spec(teachers: list[Teacher], capacity: Capacity) -> Spec:
         cpus=engine.cpus,
         min_replicas=engine.replicas,
         max_replicas=engine.max_replicas or engine.replicas,
+        stall_seconds=engine.stall_seconds,
     )
 
 

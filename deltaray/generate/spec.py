@@ -42,6 +42,7 @@ class EngineSpec:
     accelerator: str | None = None  # Ray's name of the GPU that a replica must have
     adapters: int = 0  # how many LoRA adapters of `model` the units use
     max_lora_rank: int = 0  # the largest `lora_rank` among them
+    stall_seconds: float = 600.0  # a step that lasts longer has come to a stand
 
     def __post_init__(self) -> None:
         """ValueError for numbers that no engine could have."""

@@ -48,6 +48,8 @@ class Engine(Section):
     pipeline_parallel: int = Field(1, ge=1)
     units_in_flight: int | None = Field(None, ge=1)
     """Units that one replica works on at once; default: enough to keep its batch full."""
+    stall_seconds: float = Field(600.0, gt=0)
+    """A replica that does not end a step of its batch for so long is ended, and its units are repeated by another."""
     arguments: dict[str, Any] = {}
     """Further vLLM engine arguments, passed on as they are (`quantization`, `max_num_seqs`, …)."""
 
