@@ -272,7 +272,7 @@ def test_no_engine_outlives_its_stream(run):
         alive = psutil.process_iter(["pid", "cmdline"])  # leaves None where a process has just ended
         names = {child.info["pid"]: " ".join(child.info["cmdline"] or []) for child in alive}
         found = [names.get(child.pid, "") for child in children]
-        return [name for name in found if "_PoolWorker" in name or "EngineCore" in name]
+        return [name for name in found if "engine of" in name or "EngineCore" in name]
 
     deadline = time.monotonic() + 60
     while engines() and time.monotonic() < deadline:

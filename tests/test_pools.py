@@ -86,7 +86,7 @@ def test_a_failure_is_told_by_its_cause_and_not_by_what_ray_wraps_around_it(ray_
         raise TimeoutError("the store\ndid not answer")
 
     with pytest.raises(ray.exceptions.RayError) as met:
-        list(stream_units([{"model": "m", "rows": [0], "samples": [0]}], FakeSpec(), broken, broken))
+        list(stream_units([{"name": "t", "model": "m", "rows": [0], "samples": [0]}], FakeSpec(), broken, broken))
     assert cause_of(met.value) == "TimeoutError: the store"
     assert cause_of(ValueError("a value\nan error of two lines")) == "ValueError: an error of two lines"
 

@@ -34,6 +34,14 @@ def test_the_words_name_what_waits_what_is_free_and_who_has_the_rest() -> None:
         "`python a.py` (process 7 on 10.0.0.1): 2 Engine, 1 Writer; job 04: 1 Holder"
     )
     assert Crowd([], crowd.room, others).told() is None
+    group = "69550c89ef6e2419e4a0b20069c004000000"
+    inside = {
+        f"bundle_group_{group}": 0.001,
+        f"CPU_group_1_{group}": 2,
+        f"CPU_group_{group}": 2,
+        f"GPU_group_{group}": 1,
+    }
+    assert "no room for 1 x 2 CPU + 1 GPU;" in (Crowd([(inside, 1)], {}, others).told() or "")
     many = Crowd(crowd.demands, {}, [(f"job {n}", Counter(A=1)) for n in range(8)]).told()
     assert many is not None and many.endswith("job 4: 1 A; 3 more")
 

@@ -1,13 +1,16 @@
 """What is missing, what becomes visible and what steps aside: the bookkeeping of generation, without any engine."""
 
 import itertools
+import os
 import random
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from answered import respond
 
 from deltaray.contracts import RESPONSES
 from deltaray.generate.answer import work_of
@@ -22,6 +25,7 @@ from deltaray.recipe import Recipe, Study, expand
 from deltaray.recipe.models import Sampling, Teacher
 from deltaray.runtime.session import Capacity
 from deltaray.runtime.threads import as_room_allows, startable
+from deltaray.status import _rate
 from deltaray.store import Store
 
 HERE = "responses/teacher=t"
@@ -277,3 +281,13 @@ def test_units_that_somebody_else_publishes_meanwhile_are_found_where_they_went(
     monkeypatch.setattr(Store, "read_table", read_late)
     assert (publish(store, HERE, folder, False, RESPONSES) if publishing else owed(store, teacher())) in (0, [])
     assert seen and len(visible(store)) == 8
+
+
+@pytest.mark.parametrize("ahead", [0.0, 3600.0], ids=["one clock", "the storage's clock is ahead"])
+def test_the_rate_is_that_of_the_commits(ahead: float, store: Store) -> None:
+    respond(store, "t", prompts=30, shard_size=10, say=lambda n, k: "yes")
+    now = time.time() + ahead
+    for path, age in zip(sorted(Path(store.out, HERE).glob("*.parquet")), (20.0, 15.0, 10.0), strict=True):
+        os.utime(path, (now - age, now - age))
+    rate = _rate(store, HERE)
+    assert rate == pytest.approx(20 / (20 if not ahead else 10), rel=0.05)

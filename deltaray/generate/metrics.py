@@ -7,6 +7,7 @@ its statistics of every single token cost about 5 % where a model is tiny; these
 
 import time
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 from deltaray.runtime.metrics import Metric, series
@@ -29,8 +30,8 @@ METRICS = {
     "deltaray_prefix_cache_hits": Metric("counter", "Prompt tokens found in the prefix cache.", TAGS),
     "deltaray_preemptions": Metric("counter", "Requests that were put back because the KV cache was full.", TAGS),
 }
-"""Everything that is exported, by name; Ray puts `ray_` in front. Tags: `model` is what the engine was started with,
-`replica` the id of its Ray actor, `name` the teacher or the evaluated model."""
+"""Everything that is exported, by name; Ray puts `ray_` in front. Tags: `model` is what the engine was started with
+(of a folder the last two parts), `replica` the id of its Ray actor, `name` the teacher or the evaluated model."""
 GAUGES = [name for name, metric in METRICS.items() if metric.kind == "gauge"]
 
 
@@ -92,4 +93,9 @@ def _tags(model: str) -> dict[str, str]:
     if not ray.is_initialized():
         return {}
     context = ray.get_runtime_context()
-    return {"model": model, "replica": context.get_actor_id() or context.get_worker_id()}
+    return {"model": short_name(model), "replica": context.get_actor_id() or context.get_worker_id()}
+
+
+def short_name(model: str) -> str:
+    """A hub id, or the last two parts of a folder: what is before them may change from job to job."""
+    return "/".join(Path(model).parts[-2:])

@@ -152,8 +152,18 @@ def _dataset(
         max_concurrent_calls_per_actor=in_flight,
     )
     warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")  # no named one bounds the retries
-    dataset = dataset.map(_PoolWorker, fn_constructor_args=(spec,), compute=pool, **_resources(spec))
-    return dataset.map(_task("write", write), **tasks)
+    label = _label(units)
+    worker = type(label, (_PoolWorker,), {})  # Ray's dashboard and its processes are called by it
+    dataset = dataset.map(worker, fn_constructor_args=(spec,), compute=pool, **_resources(spec))
+    dataset = dataset.map(_task("write", write), **tasks)
+    dataset.set_name(label)
+    return dataset
+
+
+def _label(units: list[Unit]) -> str:
+    """`engine of mini-m mini-xs`: the names that a pool answers for, two of them at most."""
+    names = sorted({unit["name"] for unit in units})
+    return " ".join(["engine of", *names[:2], *(["..."] if len(names) > 2 else [])])
 
 
 def _configure(context: Any) -> None:

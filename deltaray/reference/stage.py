@@ -71,6 +71,7 @@ def _stream(study: Study, training: Training, store: Store, student: str, work: 
         num_gpus=gpus or None,
         **kind,
     )
+    stream.set_name(f"reference of {student}")
     try:
         for row in stream.iter_rows():
             yield Block(**row)

@@ -1,5 +1,6 @@
 """Says why a stage stands still on a cluster that others use, too: what has no room, and who has it."""
 
+import re
 import threading
 import time
 from collections import Counter
@@ -16,6 +17,9 @@ AGAIN = 600.0
 """Seconds before the same is said once more."""
 SHOWN = 5
 """Jobs that are named."""
+HELPERS = frozenset({"_StatsActor", "_AutoscalingCoordinatorActor", "ActorLocationTracker"})
+"""Ray Data's own actors; they outlive their jobs and take no room."""
+_GROUP = re.compile(r"_group(_\d+)?_[0-9a-f]+$")
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,9 @@ class Crowd:
 
 
 def _bundle(bundle: Mapping[str, float]) -> str:
-    return " + ".join(f"{amount:g} {kind}" for kind, amount in bundle.items()) or "nothing"
+    """In a placement group Ray asks for each resource under names of the group, up to twice; they mean the same."""
+    plain = {_GROUP.sub("", kind): amount for kind, amount in bundle.items() if not kind.startswith("bundle_group_")}
+    return " + ".join(f"{amount:g} {kind}" for kind, amount in plain.items()) or "nothing"
 
 
 def _counted(actors: Counter[str]) -> str:
@@ -61,7 +67,7 @@ def look() -> Crowd:
     jobs = {job["JobID"]: job for job in state.job_table()}
     actors: dict[str, Counter[str]] = {}
     for actor in state.actor_table(None, None, "ALIVE").values():
-        if actor["JobID"] != context.get_job_id():
+        if actor["JobID"] != context.get_job_id() and actor["ActorClassName"] not in HELPERS:
             actors.setdefault(actor["JobID"], Counter())[actor["ActorClassName"]] += 1
     return Crowd(demands, room, [(_who(jobs.get(job, {}), job), found) for job, found in actors.items()])
 

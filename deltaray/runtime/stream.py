@@ -21,7 +21,9 @@ def map_units(
         return
     quiet_ray_data()
     rows = ray.data.from_items([{"unit": json.dumps(unit)} for unit in units], override_num_blocks=len(units))
-    results = rows.map(_JsonWork(work), num_cpus=cpus_of_a_core())
+    named = _JsonWork(work)
+    results = rows.map(named, num_cpus=cpus_of_a_core())
+    results.set_name(named.__name__)
     for row in results.iter_rows():
         yield json.loads(row["result"])
 
@@ -29,7 +31,7 @@ def map_units(
 class _JsonWork:
     def __init__(self, work: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
         self.work = work
-        self.__name__ = getattr(work, "__name__", "work")
+        self.__name__ = getattr(work, "func", work).__name__
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         return {"result": json.dumps(self.work(json.loads(row["unit"])))}

@@ -31,6 +31,7 @@ def reward_files(store: Store, units: list[Unit], capacity: Capacity) -> Iterato
             num_cpus=spec.cpus,
             num_gpus=gpus or None,
         )
+        stream.set_name(f"rewards of {name}")
         yield from stream.iter_rows()
 
 
