@@ -119,8 +119,8 @@ def _rate(store: Store, folder: str) -> float | None:
     """
     for place in (f"{UNITS}/{folder}", folder):
         suffix = "/config.json" if folder == FOLDERS["train"] else ".parquet"
-        now = time.time()
         times = {path: info.mtime_ns / 1e9 for path, info in store.listing(place, suffix).items()}
+        now = max(time.time(), *times.values(), 0)  # the storage's clock may be ahead of ours
         recent = sorted((path for path in times if now - times[path] < RECENT), key=times.__getitem__)
         if len(recent) > 1:
             rows = len(recent) - 1 if suffix != ".parquet" else sum(together(store.count, recent[1:]))

@@ -12,13 +12,14 @@ from conftest import deltaray
 from tiny_model import save_tiny
 
 from deltaray.calibrate.compare import compare
-from deltaray.calibrate.measure import sample_prompts
+from deltaray.calibrate.measure import check_clocks, sample_prompts
 from deltaray.calibrate.pace import beginnings, per_row, seconds_per_token
 from deltaray.calibrate.predict import Prediction, predict, schedule
 from deltaray.calibrate.records import Calibration, Mean, Measure, PoolMeasure
 from deltaray.calibrate.run import latest_prediction
 from deltaray.calibrate.timed import PARTS, TIMED, TimedSpec, timed_table
 from deltaray.contracts import RESPONSES
+from deltaray.errors import StageError
 from deltaray.pipeline import Pipeline
 from deltaray.recipe import load_recipe
 from deltaray.runtime.session import Capacity
@@ -335,3 +336,11 @@ def test_a_longer_run_takes_longer(calibrated):
     calibration, _ = latest(calibrated[0])
     seconds = [predict(calibration, prompts).seconds.value for prompts in (64, 301, 10_000, 1_000_000)]
     assert all(shorter < longer for shorter, longer in pairwise(seconds))
+
+
+def test_times_of_a_wrong_clock_are_refused() -> None:
+    moments = [np.array([110.0, 150.0]), np.array([120.0, 190.0])]
+    check_clocks((100.0, 191.0), moments)
+    for ahead in (-3600.0, 3600.0):
+        with pytest.raises(StageError, match=r"clocks differ by 3,(590|599) s or more: set them"):
+            check_clocks((100.0, 191.0), [it + ahead for it in moments])

@@ -286,6 +286,8 @@ def test_reasoning_is_split_where_it_ends() -> None:
 def test_the_wait_is_read_from_seconds_or_a_date() -> None:
     date = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 600))
     assert 0 < retry_after({"retry-after": date}) <= 600
+    wrong_clock = {"date": "Thu, 01 Jan 2026 00:00:30 GMT", "retry-after": "Thu, 01 Jan 2026 00:01:00 GMT"}
+    assert retry_after(wrong_clock) == 30
     assert retry_after({"retry-after": "2.5"}) == 2.5
     assert {retry_after(h) for h in ({}, {"retry-after": "soon"}, {"retry-after": "-3"}, {"retry-after": "nan"})} == {0}
 

@@ -26,6 +26,8 @@ from deltaray.store import Store
 
 ANY = Failures(max_share=1)
 """A teacher that fails is a result of a calibration."""
+CLOCKS = 2.0
+"""Seconds by which clocks of nodes may differ."""
 COLUMNS = ["prompt_id", "prompt_token_ids", "tokens", "error", "ready", "asked", "answered"]
 
 
@@ -91,6 +93,7 @@ def _run(work: Store, pools: list[Pool], capacity: Capacity, on_rows: OnRows) ->
 
 
 def _pool(pool: Pool, span: tuple[float, float], rows: dict[str, pa.Table]) -> PoolMeasure:
+    check_clocks(span, [_floats(_asked(table), name) for table in rows.values() for name in ("ready", "answered")])
     return PoolMeasure(
         teachers=list(rows),
         cpus=pool.spec.cpus,
@@ -100,6 +103,17 @@ def _pool(pool: Pool, span: tuple[float, float], rows: dict[str, pa.Table]) -> P
         start_seconds=min(_floats(_asked(table), "ready").min() for table in rows.values()) - span[0],
         seconds=span[1] - span[0],
     )
+
+
+def check_clocks(span: tuple[float, float], moments: list[np.ndarray]) -> None:
+    """Refuses times that nodes have taken down outside the seconds in which it happened, by this node's clock.
+
+    Raises:
+        StageError: what is worked out of such times would mean nothing.
+    """
+    wrong = max(span[0] - min(it.min() for it in moments), max(it.max() for it in moments) - span[1])
+    if wrong > CLOCKS:
+        raise StageError(f"the nodes' clocks differ by {wrong:,.0f} s or more: set them (NTP), then calibrate again")
 
 
 def _teachers(study: Study, pool: Pool, rows: dict[str, pa.Table]) -> dict[str, Measure]:

@@ -36,8 +36,9 @@ def plan(
     from deltaray.calibrate.table import calibration_json, calibration_table, prediction_lines
     from deltaray.evaluate.suites import missing_in
     from deltaray.plan import plan_json, plan_table
-    from deltaray.runtime.cluster_file import fits, fits_json, fits_table, read_cluster_file, refuse_never
+    from deltaray.runtime.cluster_file import read_cluster_file
     from deltaray.runtime.demands import largest
+    from deltaray.runtime.fits import fits, fits_json, fits_table, refuse_never
 
     pipeline = pipeline_of(context, recipe, overrides)
     groups = read_cluster_file(cluster) if cluster else []

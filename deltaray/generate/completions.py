@@ -62,14 +62,19 @@ def _said(error: "openai.APIStatusError") -> str:
 
 
 def retry_after(headers: Mapping[str, str]) -> float:
-    """Seconds that a server asks to wait (0 if it does not), given as seconds or as a date."""
+    """Seconds that a server asks to wait (0 if it does not), given as seconds or as a date of its own clock."""
     value = headers.get("retry-after", "")
     try:
         seconds = float(value)
     except ValueError:
-        date = email.utils.parsedate_tz(value)
-        seconds = email.utils.mktime_tz(date) - time.time() if date else 0.0
+        until, now = _date(value), _date(headers.get("date", ""))
+        seconds = until - (time.time() if now is None else now) if until is not None else 0.0
     return max(seconds, 0.0) if seconds == seconds else 0.0  # not for nan
+
+
+def _date(value: str) -> int | None:
+    parsed = email.utils.parsedate_tz(value)
+    return email.utils.mktime_tz(parsed) if parsed else None
 
 
 def pause_before(attempt: int) -> float:
