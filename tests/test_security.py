@@ -58,15 +58,63 @@ def load(tree: dict[str, Any], folder: Path, *overrides: str) -> Recipe:
         ),
         ({"out": "s3://AKIAABCDEFGHIJKLMNOP:secret@bucket/study"}, "out"),
         ({"prompts": {"path": "https://account.blob/x.jsonl?sv=1&sig=abcdef"}}, "prompts.path"),
+        # other messages quote what they refuse, so these must come first
+        ({"name": f"x {PLANTED}"}, "name"),
+        ({"prompts": {"path": "p.jsonl", "limit": PLANTED}}, "prompts.limit"),
+        ({"prompts": {"path": "p.jsonl", "duplicates": PLANTED}}, "prompts.duplicates"),
+        ({"pairings": {"p": {"chosen": PLANTED, "rejected": "weak"}}}, "pairings.p.chosen"),
+        ({"prompts": {"path": "secretless-but-in-the-environment.jsonl"}}, "prompts.path"),
+        ({"prompts": {"path": "secretless-of-a-token.jsonl"}}, "prompts.path"),
     ],
 )
-def test_a_secret_in_a_recipe_is_refused_and_not_quoted(sections: dict[str, Any], key: str, tmp_path: Path) -> None:
+def test_a_secret_in_a_recipe_is_refused_and_not_quoted(
+    sections: dict[str, Any], key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SOME_API_KEY", "secretless-but-in-the-environment")
+    monkeypatch.setenv("GITHUB_TOKEN", "secretless-of-a-token")
     with pytest.raises(UserError) as caught:
         load(recipe(**sections), tmp_path)
     message = str(caught.value)
     assert re.search(rf"recipe.yaml:\d+: (teachers\.weak\.)?(engine\.)?{re.escape(key)}: holds ", message), message
-    for quoted in ("anything", "PlantedPlanted", "pass@", "abc", "a" * 30, "secret@"):
+    for quoted in ("anything", "secretless", "PlantedPlanted", "pass@", "abc", "a" * 30, "secret@"):
         assert quoted not in message.replace(key, "")
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [{PLANTED: 1}, {"prompts": {"path": "p", PLANTED: "x"}}, {"teachers": {PLANTED: WEAK}}],
+    ids=["at the top", "in a section", "as a name"],
+)
+def test_a_secret_that_is_a_key_is_refused_and_not_quoted(tree: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="one of its keys holds a secret") as caught:
+        load(recipe(**tree), tmp_path)
+    assert PLANTED not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", [f"a: {PLANTED}\na: {PLANTED}x\n", f"a: *{PLANTED}\n", f"a: !{PLANTED} x\n"])
+def test_no_message_about_yaml_quotes_a_secret(text: str, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(text)
+    with pytest.raises(UserError) as caught:
+        load_recipe(tmp_path / "recipe.yaml")
+    assert PLANTED not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        PLANTED,
+        f"name.x={PLANTED}",
+        f"name=[{PLANTED}",
+        f"{PLANTED}.x=1",
+        f"name={PLANTED}",
+        f"name.{PLANTED}=1",
+        f"name.{PLANTED}.x=1",
+    ],
+)
+def test_no_message_about_an_override_quotes_a_secret(override: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        load(recipe(), tmp_path, override)
+    assert PLANTED not in str(caught.value)
 
 
 def test_a_secret_on_the_command_line_is_not_quoted_either(tmp_path: Path) -> None:
@@ -221,6 +269,12 @@ def test_the_image_runs_without_root_and_pins_everything() -> None:
     wanted = [*map(Requirement, project["dependencies"] + project["optional-dependencies"]["gpu"])]
     missing = [item for item in wanted if f"{canonicalize_name(item.name)}{item.specifier}" not in pins]
     assert wanted and not missing
+
+
+def test_the_bill_of_materials_lists_what_is_pinned() -> None:
+    parts = json.loads((CLUSTER / "sbom.json").read_text())["components"]
+    pins = [line for line in (CLUSTER / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    assert [f"{part['name']}=={part['version']}" for part in parts] == [pin.partition(" ;")[0] for pin in pins]
 
 
 def test_the_resolved_recipe_holds_no_value_of_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,6 @@ from deltaray.recipe.check_pairing import Problem, check_pairing, unknown
 from deltaray.recipe.losses import LOSS_FACTS, SETTINGS, readers
 from deltaray.recipe.recipe import Recipe
 from deltaray.recipe.scorers import Given, Judge, RewardModel, Size
-from deltaray.recipe.secrets import secrets_in
 from deltaray.recipe.training import Run
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -20,7 +19,6 @@ FOLDERS = "names become folders: use letters, digits, '.', '_' and '-' only"
 
 def check_recipe(recipe: Recipe) -> Iterator[Problem]:
     """All contradictions of a recipe, in the order of its sections."""
-    yield from secrets_in(recipe.model_dump(mode="json"))
     yield from _check_sections(recipe)
     yield from _check_names(recipe)
     yield from check_extensions(recipe)

@@ -1,6 +1,7 @@
 """From a YAML file and `--set` overrides to a checked `Recipe`; every refusal names file, line, key and the mend."""
 
 import io
+import os
 from difflib import get_close_matches
 from pathlib import Path
 from types import UnionType
@@ -14,6 +15,7 @@ from ruamel.yaml.error import MarkedYAMLError
 from deltaray.errors import UserError
 from deltaray.recipe.check import check_recipe
 from deltaray.recipe.recipe import Recipe
+from deltaray.recipe.secrets import secrets_in, secrets_of, without_secrets
 
 Path_ = tuple[str | int, ...]
 
@@ -24,14 +26,17 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
     Raises:
         UserError: one line per problem, `file:line: key.path: what is wrong, what to write instead`.
     """
-    tree = _read(path)
-    overridden = [_override(tree, item) for item in overrides or []]
+    known = secrets_of(os.environ)
+    tree = _read(path, known)
+    overridden = [_override(tree, item, known) for item in overrides or []]
+    plain = _plain(tree)
+    found = list(secrets_in(plain, known))  # first: other messages quote what they refuse
     try:
-        recipe = Recipe.model_validate(_plain(tree))
+        recipe = Recipe.model_validate(plain)
     except ValidationError as error:
-        found = [(_real_path(tree, issue["loc"]), _explain(issue)) for issue in error.errors()]
+        found = found or [(_real_path(tree, issue["loc"]), _explain(issue)) for issue in error.errors()]
     else:
-        found = list(check_recipe(recipe))
+        found = found or list(check_recipe(recipe))
         if not found:
             return recipe
     first_of_each = dict(reversed(found))  # a union reports once per member
@@ -49,14 +54,15 @@ def dump_recipe(recipe: Recipe) -> str:
     return buffer.getvalue()
 
 
-def _read(path: Path) -> CommentedMap:
+def _read(path: Path, known: frozenset[str]) -> CommentedMap:
     if not path.is_file():
         raise UserError(f"{path}: there is no such recipe; give the path of a YAML file")
     try:
         tree = YAML(typ="rt").load(path.read_text(encoding="utf-8"))
     except MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise UserError(f"{path}:{line}: not YAML: {error.problem}; mend the indentation or quoting there") from None
+        problem = without_secrets(str(error.problem), known)  # of a key that is there twice it quotes both values
+        raise UserError(f"{path}:{line}: not YAML: {problem}; mend the indentation or quoting there") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
     if not isinstance(tree, CommentedMap):
@@ -64,24 +70,25 @@ def _read(path: Path) -> CommentedMap:
     return tree
 
 
-def _override(tree: CommentedMap, item: str) -> Path_:
-    """Applies one `key.path=value`; the value is YAML, so numbers, lists and null work."""
+def _override(tree: CommentedMap, item: str, known: frozenset[str]) -> Path_:
+    """Applies one `key.path=value`; the value is YAML, so numbers, lists and null work. `known`: see `secrets_in`."""
     key, equals, text = item.partition("=")
+    shown = f"--set {without_secrets(item, known)}"
     if not equals or not key.strip():
-        raise UserError(f"--set {item}: write key.path=value, for example --set training.workers=2")
+        raise UserError(f"{shown}: write key.path=value, for example --set training.workers=2")
     try:
         value = YAML(typ="safe").load(text) if text.strip() else None
-    except MarkedYAMLError as error:
-        raise UserError(f"--set {item}: the value is not YAML: {error.problem}") from None
+    except MarkedYAMLError:
+        raise UserError(f"{shown}: the value is not YAML; put quotes around it") from None
     path = tuple(int(part) if part.isdigit() else part for part in key.strip().split("."))
     node: Any = tree
     for depth, part in enumerate(path[:-1]):
-        node = _descend(node, part, f"--set {item}", path[: depth + 1])
-    _assign(node, path[-1], value, f"--set {item}")
+        node = _descend(node, part, shown, without_secrets(".".join(map(str, path[: depth + 1])), known))
+    _assign(node, path[-1], value, shown)
     return path
 
 
-def _descend(node: Any, part: str | int, where: str, so_far: Path_) -> Any:
+def _descend(node: Any, part: str | int, where: str, so_far: str) -> Any:
     if isinstance(node, CommentedSeq) and isinstance(part, int) and part < len(node):
         return node[part]
     if isinstance(node, dict):
@@ -89,7 +96,7 @@ def _descend(node: Any, part: str | int, where: str, so_far: Path_) -> Any:
         if child is None:
             child = node[str(part)] = CommentedMap()
         return child
-    raise UserError(f"{where}: {'.'.join(map(str, so_far))} is not a section that holds keys")
+    raise UserError(f"{where}: {so_far} is not a section that holds keys")
 
 
 def _assign(node: Any, part: str | int, value: Any, where: str) -> None:
@@ -98,7 +105,7 @@ def _assign(node: Any, part: str | int, value: Any, where: str) -> None:
     elif isinstance(node, dict):
         node[str(part)] = value
     else:
-        raise UserError(f"{where}: {part} cannot be set there: the key before it is not a section that holds keys")
+        raise UserError(f"{where}: the key cannot be set there: the one before it is not a section that holds keys")
 
 
 def _plain(node: Any) -> Any:
