@@ -22,8 +22,9 @@ from deltaray import cli
 from deltaray.recipe import load_recipe, recipe_folder
 from deltaray.recipe.expand import expand
 from deltaray.recipe.recipe import Cluster
-from deltaray.runtime.cluster_file import fits, read_cluster_file
+from deltaray.runtime.cluster_file import BOUNDLESS, read_cluster_file
 from deltaray.runtime.demands import Bundle, NodeGroup, Nodes, demands, largest
+from deltaray.runtime.fits import fits
 from deltaray.runtime.session import Capacity, cluster_capacity
 
 CLUSTER = ROOT / "cluster"
@@ -143,15 +144,89 @@ def test_plan_tells_what_fits_what_waits_and_what_never_fits(
     assert not (tmp_path / "out").exists()
 
 
+POD = "{containers: [{name: ray, resources: {limits: {cpu: 1500m}}}]}"
+GROUP = f"{{groupName: g, rayStartParams: {{num-cpus: '8', num-gpus: '4'}}, template: {{spec: {POD}}}, BOUNDS}}"
+RESOURCE = (
+    f"kind: RayCluster\nspec: {{headGroupSpec: {{template: {{spec: {POD}}}}}, workerGroupSpecs: [{GROUP}], MORE}}\n"
+)
+GROWS = "enableInTreeAutoscaling: true"
+
+
+@pytest.mark.parametrize(
+    ("bounds", "more", "most"),
+    [
+        ("minReplicas: 1, maxReplicas: 5, replicas: 2", GROWS, 5),
+        ("maxReplicas: 5, numOfHosts: 2", GROWS, 10),
+        ("minReplicas: 1, maxReplicas: 5, replicas: 2", "suspend: false", 2),  # nothing scales it
+        ("minReplicas: 3, maxReplicas: 5, replicas: 2, numOfHosts: 2", "suspend: false", 6),
+        ("minReplicas: 0", "suspend: false", 0),
+        ("minReplicas: 1, maxReplicas: 5, suspend: true", GROWS, 0),
+        ("minReplicas: 0", GROWS, BOUNDLESS),  # the schema fills in 2,147,483,647
+        ("maxReplicas: 2147483647", GROWS, BOUNDLESS),
+    ],
+)
+def test_a_group_has_as_many_nodes_as_kubernetes_would_make(bounds: str, more: str, most: int, tmp_path: Path) -> None:
+    path = tmp_path / "cluster.yaml"
+    path.write_text(RESOURCE.replace("BOUNDS", bounds).replace("MORE", more))
+    assert read_cluster_file(path) == [NodeGroup("headgroup", 2, 0, 1), NodeGroup("g", 8, 4, most)]
+
+
+def wrapped(kind: str, *keys: str) -> str:
+    spec = yaml.safe_load(RESOURCE.replace("BOUNDS", "replicas: 2").replace("MORE", "suspend: false"))["spec"]
+    for key in reversed(keys):
+        spec = {key: spec}
+    return yaml.safe_dump({"kind": kind, "metadata": {"name": "here"}, "spec": spec})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        wrapped("RayJob", "rayClusterSpec"),
+        wrapped("RayCronJob", "jobTemplate", "rayClusterSpec"),
+        wrapped("RayService", "rayClusterConfig"),
+        "kind: Secret\n---\n" + wrapped("RayCluster") + "---\n\n---\nkind: Service\n",
+        yaml.safe_dump({"kind": "List", "items": [yaml.safe_load(wrapped("RayCluster")), {"kind": "Pod"}]}),
+    ],
+    ids=["job", "cron job", "service", "several documents", "list"],
+)
+def test_a_cluster_is_found_wherever_kubernetes_lets_it_stand(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "cluster.yaml"
+    path.write_text(text)
+    assert read_cluster_file(path) == [NodeGroup("headgroup", 2, 0, 1), NodeGroup("g", 8, 4, 2)]
+
+
+def test_a_cluster_without_workers_has_its_head(tmp_path: Path) -> None:
+    path = tmp_path / "cluster.yaml"
+    path.write_text(f"kind: RayCluster\nspec: {{headGroupSpec: {{template: {{spec: {POD}}}}}}}\n")
+    assert read_cluster_file(path) == [NodeGroup("headgroup", 2, 0, 1)]
+
+
+def test_ray_fills_in_how_many_workers_a_cloud_cluster_may_have(tmp_path: Path) -> None:
+    cluster = read(CLUSTER / "gcp.yaml")
+    del cluster["max_workers"]  # Ray's default is 2
+    YAML(typ="safe").dump(cluster, tmp_path / "cluster.yaml")
+    assert all(group.most <= 2 for group in read_cluster_file(tmp_path / "cluster.yaml"))
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         (None, "there is no such file"),
         ("a: [", "not YAML"),
-        ("name: x\n", "this is no cluster file"),
-        ("kind: RayJob\nspec: {}\n", "not as Ray's autoscaler reads it: KeyError('rayClusterSpec')"),
+        ("name: x\n", "this is no cluster file; give"),
+        ("- 1\n", "this is no cluster file; give"),
         (
-            "max_workers: 1\nhead_node_type: head\navailable_node_types: {head: {node_config: {}}}\n",
+            "kind: Ingress\nmetadata: {name: way}\n---\nkind: Pod\n",
+            "this is no cluster file, it holds Ingress way, Pod;",
+        ),
+        (wrapped("RayCluster") + "---\n" + wrapped("RayJob"), "it holds 2 clusters (RayCluster here, RayJob here)"),
+        ("kind: RayJob\nspec: {clusterSelector: {a: b}}\n", "(spec.clusterSelector): give that RayCluster's file"),
+        ("kind: RayJob\nspec: {}\n", "not as Ray's autoscaler reads it: KeyError('rayClusterSpec')"),
+        ("kind: RayCluster\nspec: [1]\n", "not as Ray's autoscaler reads it"),
+        ("kind: RayCluster\nspec: {headGroupSpec: {template: {spec: {containers: []}}}}\n", "IndexError"),
+        ("available_node_types: {}\n", "not as Ray's autoscaler reads it: KeyError('provider')"),
+        (
+            "provider: {type: aws, region: x}\nhead_node_type: head\navailable_node_types: {head: {node_config: {}}}\n",
             "head.resources: write the node's CPU",
         ),
     ],
