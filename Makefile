@@ -15,7 +15,7 @@ CPU_FLAGS := --override .venv/overrides.txt $(if $(LOCAL_TORCH),,--torch-backend
 INSTALL := $(BIN)/uv pip install --python $(BIN)/python --compile-bytecode \
 	$(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS)) $(if $(filter cpu,$(EXTRA)),$(CPU_FLAGS))
 
-.PHONY: demo test lint tools clean
+.PHONY: demo test lint tools sbom clean
 
 demo: .venv/ready-$(EXTRA)
 	$(BIN)/deltaray demo $(ARGS)
@@ -29,14 +29,21 @@ lint: .venv/ready-$(EXTRA)-dev
 	$(BIN)/mypy
 	$(BIN)/bandit --quiet --configfile pyproject.toml --recursive deltaray jobs
 
-# The report is looked at in a real browser, the alerts are evaluated by a real Prometheus; where one of them cannot be
-# had its tests are skipped and say so.
+# The report is looked at in a real browser, a real Prometheus evaluates the alerts, a cluster in trouble has network
+# namespaces and a Redis; where one of them cannot be had its tests are skipped and say so.
 tools:
 	@{ command -v chromium || command -v chromium-browser || command -v google-chrome; } >/dev/null 2>&1 \
-	&& command -v prometheus >/dev/null 2>&1 \
+	&& command -v prometheus >/dev/null 2>&1 && command -v ip >/dev/null 2>&1 && command -v redis-server >/dev/null 2>&1 \
 	|| { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq \
-	&& apt-get install -y -qq --no-install-recommends chromium prometheus >/dev/null; } \
-	|| echo "no Chromium or no Prometheus found: their tests will be skipped"
+	&& apt-get install -y -qq --no-install-recommends chromium prometheus iproute2 redis-server >/dev/null; } \
+	|| echo "no Chromium, Prometheus, ip or Redis found: their tests will be skipped"
+
+# The bill of materials of cluster/constraints.txt (CycloneDX); without the index's addresses, which are this machine's.
+sbom: .venv/bin/uv
+	$(BIN)/uvx --quiet --from cyclonedx-bom==7.5.0 cyclonedx-py requirements --output-reproducible cluster/constraints.txt \
+	| $(BIN)/python -c 'import json, sys; bill = json.load(sys.stdin); \
+	[part.pop("externalReferences") for part in bill["components"]]; print(json.dumps(bill, indent=1))' \
+	> cluster/sbom.json
 
 .venv/ready-%-dev: pyproject.toml .venv/bin/uv
 	$(INSTALL) -e '.[$*,dev]'

@@ -113,7 +113,8 @@ def _output(name: str, prompt_id: str, sample: int, temperature: float, share: f
 def _mark(folder: Path, unit: Mapping[str, Any]) -> None:
     """One line per unit, in one write, so that a kill leaves it whole or leaves it out."""
     temperature = json.loads(unit["sampling"])["temperature"]
-    line = {key: unit[key] for key in ("name", "prompt_ids", "samples")} | {"temperature": temperature}
+    line = {key: unit[key] for key in ("name", "prompt_ids", "samples")}
+    line |= {"temperature": temperature, "at": time.time()}
     with (folder / f"{os.getpid()}.jsonl").open("ab", buffering=0) as sink:
         sink.write(json.dumps(line).encode() + b"\n")
 

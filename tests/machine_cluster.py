@@ -17,7 +17,7 @@ from typing import IO, Any
 import psutil
 from conftest import ROOT
 from job_server import PATIENT
-from machines import Machine, Network, end
+from machines import Machine, Network, command_line, end
 
 PORT = 6379
 REDIS_PORT = 6390
@@ -40,6 +40,7 @@ class MachineCluster:
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_LOGGER_LEVEL": "warning",
             "RAY_prestart_worker_first_driver": "0",
+            "RAY_LD_PRELOAD_ON_WORKERS": "1",  # the machine's clock is theirs too
             "RAY_gcs_rpc_server_reconnect_timeout_s": "600",  # as KubeRay sets it where the head has a Redis
             **{name: value for name, value in PATIENT.items() if "health_check" not in name},
             **environment,
@@ -88,8 +89,8 @@ class MachineCluster:
         for machine in ended:
             end(self.services[machine.name])
             for process in machine.processes():
-                with suppress(psutil.NoSuchProcess):
-                    if OF_RAY.search(" ".join(process.cmdline())):  # what the raylet left behind
+                if OF_RAY.search(command_line(process)):  # what the raylet left behind
+                    with suppress(psutil.NoSuchProcess):
                         process.kill()
             self.start_ray(machine)
         return [machine.name for machine in ended]
@@ -98,7 +99,7 @@ class MachineCluster:
         """Whether a raylet was there and is not any more: `ray start --block` stays when it went of its own accord."""
         if self.services[machine.name].poll() is not None:
             return True
-        running = any(process.name() == "raylet" for process in machine.processes())
+        running = any("/raylet/raylet --" in command_line(process) for process in machine.processes())
         gone = machine.name in self.up and not running
         self.up = (self.up | {machine.name}) if running else (self.up - {machine.name})
         return gone

@@ -1,4 +1,4 @@
-"""Machines on this computer, each with its own network address, processes, host name and disk, and their misfortunes.
+"""Machines on this computer, each with its own address, processes, host name, disk and clock, and their misfortunes.
 
 A machine is a set of Linux namespaces under one process. It hangs on a bridge by a cable (a veth pair); when its first
 process dies, the kernel kills all others and takes the network down with them. Root only.
@@ -7,6 +7,7 @@ process dies, the kernel kills all others and takes the network down with them. 
 import os
 import shutil
 import signal
+import struct
 import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,8 +17,15 @@ from typing import IO, Any
 
 import psutil
 
-PROGRAMS = {"ip": "iproute2", "unshare": "util-linux", "nsenter": "util-linux", "setpriv": "util-linux"}
+PROGRAMS = {
+    "ip": "iproute2",
+    "unshare": "util-linux",
+    "nsenter": "util-linux",
+    "setpriv": "util-linux",
+    "cc": "gcc",
+}
 """What is needed, and the Debian package that has it."""
+CLOCK = Path(__file__).with_name("clock.c")
 DISK = "/tmp/ray"
 """Where a machine has a disk of its own; everything else it shares with this computer."""
 BOOT = """
@@ -58,6 +66,8 @@ class Machine:
         self.cable = f"{network.bridge}m{number}"
         self.folder = network.folder / name
         self.folder.mkdir()
+        self.clock = self.folder / "clock"
+        self.set_clock(0)
         self.first: subprocess.Popen[str] | None = None
         self.blocked: set[str] = set()
 
@@ -117,6 +127,7 @@ class Machine:
     def start(self, command: Sequence[str], environment: Mapping[str, str], log: IO[Any]) -> "subprocess.Popen[Any]":
         """Starts a command there; end it with `end`."""
         own = {"TMPDIR": f"{DISK}/tmp", "RAY_TMPDIR": str(Path(DISK).parent)}
+        own |= {"LD_PRELOAD": str(self.network.clocks), "CLOCK_OFFSET": str(self.clock)}
         started = self.command(*command)
         return subprocess.Popen(started, env={**os.environ, **environment, **own}, stdout=log, stderr=log)
 
@@ -140,6 +151,11 @@ class Machine:
         while self.blocked:
             self.inside("ip", "route", "del", "blackhole", f"{self.blocked.pop()}/32")
 
+    def set_clock(self, ahead: float) -> None:
+        """Its time of day, at once and for all that runs there: so many seconds before that of this computer."""
+        with self.clock.open("r+b" if self.clock.exists() else "wb") as file:  # the same file: it is mapped
+            file.write(struct.pack("=d", ahead))
+
     def fill_disk(self) -> None:
         """Nothing more fits on its own disk."""
         with suppress(OSError), self._ballast().open("wb", buffering=0) as sink:
@@ -161,6 +177,14 @@ def _space(pid: int) -> Path | None:
         return None
 
 
+def command_line(process: psutil.Process) -> str:
+    """What it was started with, or the title that it has given itself; empty where it is gone."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
+
+
 def end(process: "subprocess.Popen[Any]") -> None:
     """SIGKILL to a command that was started on a machine, and to what it started."""
     with suppress(psutil.NoSuchProcess):
@@ -169,6 +193,14 @@ def end(process: "subprocess.Popen[Any]") -> None:
                 child.send_signal(signal.SIGKILL)
     process.kill()
     process.wait()
+
+
+def clocks(folder: Path) -> Path:
+    """The library that gives the processes of a machine its clock."""
+    made = folder / "clock.so"
+    command = ["cc", "-O2", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", str(CLOCK), "-o", str(made), "-ldl"]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+    return made
 
 
 class Network:
@@ -180,6 +212,7 @@ class Network:
         self.prefix = f"10.{128 + number // 256 % 64}.{number % 256}"
         self.address = f"{self.prefix}.1"
         self.folder = folder
+        self.clocks = clocks(folder)
         self.machines: list[Machine] = []
 
     def machine(self, name: str, room: int = 1024) -> Machine:

@@ -1,45 +1,38 @@
-"""A cluster whose nodes have networks of their own: a cable is pulled, a node is lost, training goes across nodes.
+"""A cluster whose nodes have networks and clocks of their own, in trouble: `benchmarks/cluster_chaos.py` in short.
 
-Only with DELTARAY_TEST_MACHINES=1, as root, with iproute2 and a Redis server; it takes a minute and a half.
+Needs root, iproute2, a C compiler and a Redis server; skipped, with the reason, where one is lacking.
 """
 
-import json
 import os
+import shutil
+import subprocess
+import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 from chaos import FAKE, Lab, check_complete, generated_again, leftovers
 from fake_engine import Behaviour
 from machine_cluster import PROGRAMS, MachineCluster, machine_cluster
-from machines import Machine, network, unavailable
+from machines import Machine, clocks, command_line, network, unavailable
+from tiny_model import save_tiny
 
+import deltaray.pipeline
+from deltaray.pipeline import Pipeline
+from deltaray.recipe import load_recipe
 from deltaray.train.network import interface_of
 
-REASON = unavailable(*PROGRAMS) if os.environ.get("DELTARAY_TEST_MACHINES") else "DELTARAY_TEST_MACHINES is not set"
+REASON = unavailable(*PROGRAMS)
 on_machines = pytest.mark.skipif(REASON is not None, reason=REASON or "")
 CUT = 3.0
 """Seconds; the head takes a node for dead after about 15."""
-SUM = """
-import json, sys, ray, torch
-from ray.train import RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer
-from deltaray.train.network import NodeNetwork
-
-def work(config):
-    rank = torch.distributed.get_rank()
-    total = torch.tensor([rank + 1.0])
-    torch.distributed.all_reduce(total)
-    said = {"address": ray.util.get_node_ip_address(), "total": total.item()}
-    open(f"{config['folder']}/{rank}.json", "w").write(json.dumps(said))
-
-ray.init(address=sys.argv[1], log_to_driver=False)
-workers = ScalingConfig(num_workers=2, resources_per_worker={"CPU": 2})
-run = RunConfig(storage_path=f"{sys.argv[2]}/state")
-TorchTrainer(work, train_loop_config={"folder": sys.argv[2]}, torch_config=NodeNetwork(timeout_s=60),
-             scaling_config=workers, run_config=run).fit()
-"""
+HOUR = 3600.0
+AFTER = {"pairs", "references", "training", "students", "checkpoints", "train", "lock"}
+"""Folders of what is made from responses."""
 
 
 @pytest.fixture(scope="module")
@@ -57,42 +50,100 @@ def wait_for(look: Callable[[], bool], what: str) -> None:
 
 
 def engines(machine: Machine) -> int:
-    return sum("ray::MapWorker" in " ".join(process.cmdline()) for process in machine.processes())
+    return sum("ray::MapWorker" in command_line(process) for process in machine.processes())
+
+
+def training_workers(machine: Machine) -> int:
+    return sum("ray::RayTrainWorker" in command_line(process) for process in machine.processes())
+
+
+def lab_of(folder: Path, cluster: MachineCluster, behaviour: Behaviour) -> Lab:
+    """A study from prompts to a student, whose two training workers do not fit on one of the nodes."""
+    run = {"pairing": "delta", "loss": "dpo_norm", "beta": 5, "batch_size": 8, "learning_rate": 1e-4}
+    training = {"workers": 2, "cpus_per_worker": 2, "dtype": "float32", "checkpoint_steps": 4, "runs": {"delta": run}}
+    settings = {
+        "cluster": {"address": cluster.address},
+        "scorers": {"exact": {"kind": "exact_match"}},
+        "pairings": {"delta": {"chosen": "strong", "rejected": "weak", "scorer": "exact"}},
+        "student": {"model": save_tiny(folder / "model", vocabulary=2048), "max_length": 96},
+        "training": training,
+    }
+    return Lab(folder / "study", prompts=128, behaviour=behaviour, settings=settings)
 
 
 @on_machines
-def test_a_pulled_cable_and_a_lost_node_cost_no_response(cluster: MachineCluster, tmp_path: Path) -> None:
+def test_misfortunes_cost_no_response_and_no_pair_and_change_no_bit(
+    cluster: MachineCluster, tmp_path: Path, ray_session: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Clocks that are hours apart, a pulled cable, a lost node, a head that is killed, in one study."""
     marks, log = tmp_path / "marks", tmp_path / "command.log"
     marks.mkdir()
-    behaviour = Behaviour(delay=0.5, marks=str(marks))
-    lab = Lab(tmp_path / "study", behaviour=behaviour, settings={"cluster": {"address": cluster.address}})
-    command = cluster.command(*FAKE, "generate", str(lab.write()), environment=behaviour.variable(), log=log)
-    wait_for(lambda: all(engines(worker) for worker in cluster.workers) and bool(generated_again(marks)[0]), "engines")
+    behaviour = Behaviour(delay=1.0, marks=str(marks))
+    lab = lab_of(tmp_path, cluster, behaviour)
     one, other = cluster.workers
+    one.set_clock(HOUR)
+    other.set_clock(-HOUR)
+    command = cluster.command(*FAKE, "run", str(lab.write()), environment=behaviour.variable(), log=log)
+    wait_for(lambda: all(engines(worker) for worker in cluster.workers) and bool(generated_again(marks)[0]), "engines")
     one.pull_cable()
     time.sleep(CUT)
     one.plug_cable()
     assert command.poll() is None, log.read_text()
     cluster.kill(other)
-    assert command.wait(180) == 0, log.read_text()
     cluster.restore(other)
-    check_complete(lab)
-    assert not leftovers(lab.out)
+    wait_for(lambda: all(training_workers(worker) for worker in cluster.workers), "training workers on both nodes")
+    cluster.kill(cluster.head)
+    cluster.restore(cluster.head)
+    assert command.wait(240) == 0, log.read_text()
     generated, again = generated_again(marks)
     print(f"{again} of {generated} rows generated again")
     assert again <= 2 * lab.in_flight()
+    assert check_complete(lab) == 2 * lab.prompts
+    assert not leftovers(lab.out)
+    files = (lab.out / "pairs/pairing=delta").glob("*.parquet")
+    pairs = Counter(key for file in files for key in pq.read_table(file)["prompt_id"].to_pylist())
+    assert pairs == Counter(key for key, _ in lab.wanted())  # `strong` is always right, `weak` never
+    assert student(lab.out) == student(trained_here(lab, monkeypatch))
 
 
-@on_machines
-def test_training_workers_of_two_nodes_reach_each_other(cluster: MachineCluster, tmp_path: Path) -> None:
-    """Though the name of each machine points to itself, which is where gloo would listen."""
-    cluster.wait()
-    log = tmp_path / "command.log"
-    command = cluster.command("python", "-c", SUM, cluster.address, str(tmp_path), environment={}, log=log)
-    assert command.wait(180) == 0, log.read_text()
-    said = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
-    assert {item["address"] for item in said} == {worker.address for worker in cluster.workers}
-    assert [item["total"] for item in said] == [3.0, 3.0]
+def trained_here(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The same responses, all after them done again by this process's Ray on this machine, which is left alone."""
+    monkeypatch.setattr(deltaray.pipeline, "stop_ray", lambda: None)
+    out = lab.folder / "here"
+    shutil.copytree(lab.out, out, ignore=lambda _, names: AFTER & {*names})
+    lab.settings |= {"cluster": {}, "out": str(out)}
+    Pipeline(load_recipe(lab.write())).run()
+    return out
+
+
+def student(out: Path) -> bytes:
+    return (out / "students/delta/model.safetensors").read_bytes()
+
+
+CLOCKS = """
+import queue, subprocess, sys, threading, time
+from multiprocessing import Semaphore
+began, day = time.monotonic(), time.time()
+threading.Event().wait(0.1), Semaphore(0).acquire(timeout=0.1), time.sleep(0.1)
+try:
+    queue.Queue().get(timeout=0.1)
+except queue.Empty:
+    pass
+print(time.monotonic() - began, time.time() - day, int(subprocess.run(["date", "+%s"], capture_output=True).stdout))
+"""
+
+
+@pytest.mark.parametrize("ahead", [0.0, HOUR, -1.5 * HOUR])
+def test_a_machines_clock_is_its_own_and_nobody_waits_longer_for_it(ahead: float, tmp_path: Path) -> None:
+    """What the tests above rest on."""
+    machine = Machine.__new__(Machine)
+    machine.clock = tmp_path / "clock"
+    machine.set_clock(ahead)
+    own = {"LD_PRELOAD": str(clocks(tmp_path)), "CLOCK_OFFSET": str(machine.clock)}
+    ran = subprocess.run([sys.executable, "-c", CLOCKS], env=os.environ | own, capture_output=True, text=True)
+    lasted, of_day, shown = (float(word) for word in ran.stdout.split())
+    assert 0.4 <= lasted < 60 and of_day == pytest.approx(lasted, abs=0.1)
+    assert shown - time.time() == pytest.approx(ahead, abs=60)
 
 
 def test_the_interface_is_that_of_the_address() -> None:

@@ -91,7 +91,7 @@ def across_nodes(cluster: MachineCluster, folder: Path) -> dict[str, Any]:
     assert not attempts.endings, attempts.endings
     places = {
         what: sorted({machine for machine, name in seen if mark in name})
-        for what, mark in {"vllm_replicas_on": "_PoolWorker", "training_workers_on": "RayTrainWorker"}.items()
+        for what, mark in {"vllm_replicas_on": "engine of", "training_workers_on": "RayTrainWorker"}.items()
     }
     assert all(len(machines) == 2 for machines in places.values()), places
     same = student(folder / "out") == student(trained_here(folder))

@@ -8,13 +8,14 @@ from typing import Any
 
 import psutil
 from machine_cluster import MachineCluster
-from machines import Machine
+from machines import Machine, command_line
 from s3_server import Gate
 
 PAUSE = 16.0
 """At most so many seconds between two faults."""
 SHORT, LONG = 2.0, 30.0
 """Seconds that a fault lasts. The head takes a node for dead after about 15 without an answer."""
+HOUR = 3600.0
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class Faults:
             "storage slow and failing": self.storage,
             "storage away": self.outage,
             "disk full": self.disk,
+            "clock wrong": self.clock,
             "command killed": self.command,
         }
         self.waiting: list[str] = []
@@ -102,7 +104,7 @@ class Faults:
     def command(self) -> str:
         """What is given at the desk; the desk itself stays."""
         for process in self.cluster.desk.processes():
-            if "fake_engine.py" in " ".join(cmdline(process)):
+            if "fake_engine.py" in command_line(process):
                 process.kill()
         return "desk"
 
@@ -144,20 +146,21 @@ class Faults:
         machine.free_disk()
         return machine.name
 
+    def clock(self) -> str:
+        """The time of day jumps, and after a while back."""
+        machine, ahead = self.draw.choice(self.cluster.machines), self.draw.choice((-1, 1)) * self.draw.uniform(1, HOUR)
+        machine.set_clock(ahead)
+        self._a_while()
+        machine.set_clock(0)
+        return f"{machine.name} by {ahead:+.0f} s"
+
 
 def _both(one: Machine, other: Machine, act: Callable[[Machine, Machine], None]) -> None:
     act(one, other)
     act(other, one)
 
 
-def cmdline(process: psutil.Process) -> list[str]:
-    try:
-        return list(process.cmdline())
-    except psutil.Error:
-        return []
-
-
 def title(process: psutil.Process) -> str:
     """What a worker of Ray's runs, by the title that Ray gives it; empty for others and for idle ones."""
-    name = " ".join(cmdline(process)).partition("ray::")[2]
+    name = command_line(process).partition("ray::")[2]
     return "" if name.startswith("IDLE") else name.partition(".")[0].strip()
