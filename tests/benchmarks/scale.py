@@ -5,12 +5,14 @@
 Every replica (one GPU here) starts, works on units of 256 prompts, several at once, and, on spot machines, is taken
 away and replaced. A pool starts with one; the others are asked for when its first unit has told Ray Data its pace. The
 command hands out units no faster than it was measured to (`results/data-plane.json`). With `--measure` a fake engine on
-real Ray is timed first, 1 to 6 replicas, and the simulation of the same must agree. Writes `results/scale.json`. What
-is assumed and not measured is in `GPUS` and `SPOT`: put the pace that `deltaray plan --calibrate` finds in its place.
+real Ray is timed first, 1 to 6 replicas with short and longer units, beside the simulation of the same. Writes
+`results/scale.json`. What is assumed and not measured is in `GPUS` and `SPOT`: put the pace that
+`deltaray plan --calibrate` finds in its place.
 """
 
 import argparse
 import heapq
+import itertools
 import json
 import random
 import statistics
@@ -163,11 +165,8 @@ def million(name: str, gpus: int, lost_per_hour: float, growing: bool = True, se
 
 
 # --- against what was measured ------------------------------------------------------------------------------------
-MEASURED = Pool(units=48, unit_seconds=0.5, replicas=1, in_flight=2, start=0.0, spread=0.0)
-
-
 def measure() -> Iterator[dict[str, Any]]:
-    """A fake engine that takes half a second per unit, on real Ray: seconds from the first unit's start to the end."""
+    """A fake engine on real Ray: from when all replicas are up to the end, which takes 24 s by the simulation."""
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
     import fake_engine
     import ray
@@ -187,18 +186,20 @@ def measure() -> Iterator[dict[str, Any]]:
 
     ray.init(num_cpus=16, include_dashboard=False, log_to_driver=False, logging_level="warning")
     ray.cloudpickle.register_pickle_by_value(fake_engine)
-    for replicas in (1, 2, 4, 6):
+    for unit_seconds, replicas in itertools.product((0.5, 2.0), (1, 2, 4, 6)):
+        units = round(24 / unit_seconds) * replicas
+        pool = Pool(units, unit_seconds, replicas, at_once=replicas, in_flight=2, start=0.0, spread=0.0)
         with tempfile.TemporaryDirectory() as folder:
             store, marks = Store(f"{folder}/out"), Path(folder, "marks")
             marks.mkdir()
             same = {"answer": None, "source": None, "error": None}
             rows: list[Any] = [
                 {"prompt_id": f"p{n}", "messages": [{"role": "user", "content": str(n)}], **same}
-                for n in range(4 * MEASURED.units)
+                for n in range(4 * pool.units)
             ]
             store_prompts(store, rows, 64)
             # two units in flight, each of which waits for itself alone: twice the delay keeps the pace
-            behaviour = Behaviour(delay=2 * MEASURED.unit_seconds, marks=str(marks))
+            behaviour = Behaviour(delay=2 * unit_seconds, marks=str(marks))
             spec = FakeSpec(behaviour, cpus=0.5, min_replicas=replicas, max_replicas=replicas)
             sharing.pool_spec = lambda teachers, capacity, spec=spec: spec  # type: ignore[assignment]
             teacher = Teacher.model_validate(
@@ -208,10 +209,19 @@ def measure() -> Iterator[dict[str, Any]]:
             answer(
                 store, [work], Capacity(16, 0), responses_table, RESPONSES, Failures(), lambda *_: None, lambda _: None
             )
-            began = min(path.stat().st_ctime for path in marks.iterdir())
-            seconds = time.time() - began
-            expected = simulate(replace(MEASURED, replicas=replicas, at_once=replicas), 0).seconds
-            yield {"replicas": replicas, "measured": round(seconds, 2), "simulated": round(expected, 2)}
+            ended = time.time()
+            begun = [[json.loads(line)["at"] for line in path.read_text().splitlines()] for path in marks.iterdir()]
+            assert len(begun) == replicas
+            up = max(min(times) for times in begun)
+            left = sum(at >= up for times in begun for at in times)
+            expected = simulate(replace(pool, units=left), 0).seconds
+            found = {
+                "unit_seconds": unit_seconds,
+                "units": left,
+                "measured": round(ended - up, 2),
+                "simulated": round(expected, 2),
+            }
+            yield {"replicas": replicas, **found}
     ray.shutdown()
 
 
