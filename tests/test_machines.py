@@ -30,6 +30,8 @@ REASON = unavailable(*PROGRAMS)
 on_machines = pytest.mark.skipif(REASON is not None, reason=REASON or "")
 CUT = 3.0
 """Seconds; the head takes a node for dead after about 15."""
+SILENCE = 600.0
+"""Seconds without a word of a command, after which it is given up."""
 HOUR = 3600.0
 AFTER = {"pairs", "references", "training", "students", "checkpoints", "train", "lock"}
 """Folders of what is made from responses."""
@@ -42,11 +44,20 @@ def cluster() -> Iterator[MachineCluster]:
         yield made
 
 
-def wait_for(look: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + 120
-    while not look():
-        assert time.monotonic() < deadline, what
+def wait_for(look: Callable[[], bool], what: str, command: "subprocess.Popen[Any]", log: Path) -> None:
+    """Until it is so; on a busy machine a study takes long: only a command that says nothing more has failed."""
+    said, began = "", time.monotonic()
+    since = began
+    while True:
+        ended = command.poll()
+        if look():
+            break
+        assert ended is None, f"ended with {ended} before {what}:\n{log.read_text()}"
+        if said != (said := log.read_text()):
+            since = time.monotonic()
+        assert time.monotonic() < since + SILENCE, f"no {what}:\n{said}"
         time.sleep(0.1)
+    print(f"{what} after {time.monotonic() - began:.0f} s")
 
 
 def engines(machine: Machine) -> int:
@@ -84,17 +95,18 @@ def test_misfortunes_cost_no_response_and_no_pair_and_change_no_bit(
     one.set_clock(HOUR)
     other.set_clock(-HOUR)
     command = cluster.command(*FAKE, "run", str(lab.write()), environment=behaviour.variable(), log=log)
-    wait_for(lambda: all(engines(worker) for worker in cluster.workers) and bool(generated_again(marks)[0]), "engines")
+    wait_for(lambda: all(map(engines, cluster.workers)) and generated_again(marks)[0] > 0, "engines", command, log)
     one.pull_cable()
     time.sleep(CUT)
     one.plug_cable()
     assert command.poll() is None, log.read_text()
     cluster.kill(other)
     cluster.restore(other)
-    wait_for(lambda: all(training_workers(worker) for worker in cluster.workers), "training workers on both nodes")
+    wait_for(lambda: all(map(training_workers, cluster.workers)), "training on both nodes", command, log)
     cluster.kill(cluster.head)
     cluster.restore(cluster.head)
-    assert command.wait(240) == 0, log.read_text()
+    wait_for(lambda: command.poll() is not None, "end", command, log)
+    assert command.returncode == 0, log.read_text()
     generated, again = generated_again(marks)
     print(f"{again} of {generated} rows generated again")
     assert again <= 2 * lab.in_flight()
