@@ -46,6 +46,7 @@ class Lab:
     shard_size: int = 16
     unit_size: int = 8
     units_in_flight: int = 3
+    stall_seconds: float = 600.0
     samples: int = 1
     temperatures: dict[str, float] = field(default_factory=lambda: {"strong": 0.5, "weak": 1.0})
     behaviour: Behaviour = field(default_factory=Behaviour)
@@ -87,6 +88,7 @@ class Lab:
 
     def teacher(self, name: str) -> dict[str, Any]:
         engine = {"cpus": 0.5, "replicas": self.replicas(name), "units_in_flight": self.units_in_flight}
+        engine["stall_seconds"] = self.stall_seconds
         sampling = {"temperature": self.temperatures[name], "samples": self.samples}
         teacher = {"model": self.model or name, "sampling": sampling, "engine": engine}
         return teacher if self.model else teacher | {"endpoint": {"url": "http://localhost"}}

@@ -47,6 +47,7 @@ class FakeSpec:
     requests_in_flight: int = 64
     environment: dict[str, str] = field(default_factory=dict)
     ray_options: dict[str, Any] = field(default_factory=dict)
+    stall_seconds: float = 600.0
 
     def start(self) -> "FakeEngine":
         return FakeEngine(self.behaviour)
@@ -134,6 +135,7 @@ def main() -> None:
             gpus=capacity.gpus_of(engine),
             min_replicas=engine.replicas,
             max_replicas=engine.max_replicas or engine.replicas,
+            stall_seconds=engine.stall_seconds,
         )
 
     share.pool_spec = fake_pool

@@ -24,6 +24,7 @@ REDIS_PORT = 6390
 SECONDS = 300
 """Until a node must have joined."""
 OF_RAY = re.compile("ray::|/ray/")
+RAYLET, GCS = "/raylet/raylet --", "/gcs/gcs_server --"
 PROGRAMS = ("redis-server",)
 
 
@@ -99,7 +100,7 @@ class MachineCluster:
         """Whether a raylet was there and is not any more: `ray start --block` stays when it went of its own accord."""
         if self.services[machine.name].poll() is not None:
             return True
-        running = any("/raylet/raylet --" in command_line(process) for process in machine.processes())
+        running = any(RAYLET in command_line(process) for process in machine.processes())
         gone = machine.name in self.up and not running
         self.up = (self.up | {machine.name}) if running else (self.up - {machine.name})
         return gone
@@ -133,6 +134,12 @@ class MachineCluster:
             end(service)
         self.redis.kill()
         self.redis.wait()
+
+
+def title(process: psutil.Process) -> str:
+    """What a worker of Ray's runs, by the title that Ray gives it; empty for others and for idle ones."""
+    name = command_line(process).partition("ray::")[2]
+    return "" if name.startswith("IDLE") else name.partition(".")[0].strip()
 
 
 def alive(address: str) -> set[str]:

@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 import pytest
 from chaos import FAKE, Lab, check_complete, generated_again, leftovers
 from fake_engine import Behaviour
-from machine_cluster import PROGRAMS, MachineCluster, machine_cluster
-from machines import Machine, clocks, command_line, network, unavailable
+from machine_cluster import PROGRAMS, MachineCluster, machine_cluster, title
+from machines import Machine, clocks, network, unavailable
 from tiny_model import save_tiny
 
 import deltaray.pipeline
@@ -61,11 +61,11 @@ def wait_for(look: Callable[[], bool], what: str, command: "subprocess.Popen[Any
 
 
 def engines(machine: Machine) -> int:
-    return sum("ray::MapWorker" in command_line(process) for process in machine.processes())
+    return sum(title(process).startswith("MapWorker") for process in machine.processes())
 
 
 def training_workers(machine: Machine) -> int:
-    return sum("ray::RayTrainWorker" in command_line(process) for process in machine.processes())
+    return sum(title(process).startswith("RayTrainWorker") for process in machine.processes())
 
 
 def lab_of(folder: Path, cluster: MachineCluster, behaviour: Behaviour) -> Lab:

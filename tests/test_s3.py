@@ -214,9 +214,9 @@ def test_a_slow_server_is_waited_for(server: Server, bucket: str, monkeypatch: p
 
 def test_what_ray_train_gets_outlasts_a_server_that_refuses_also_in_its_workers(server: Server, bucket: str) -> None:
     """As they get it: pickled. Arrow's own file system gives up after three attempts then."""
-    storage = pickle.loads(pickle.dumps(Store(server.out(bucket)).ray_storage(".deltaray/train")))
+    folder, storage = pickle.loads(pickle.dumps(Store(server.out(bucket)).place(".deltaray/train")))
     server.gate.away = 3
-    storage["storage_filesystem"].create_dir(storage["storage_path"])
+    storage.create_dir(folder)
     assert server.gate.away == 0
 
 

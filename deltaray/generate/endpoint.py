@@ -23,6 +23,7 @@ from deltaray.generate.completions import (
 )
 from deltaray.generate.requests import Output, failed
 from deltaray.recipe import models
+from deltaray.runtime.guard import FROZEN
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +69,10 @@ class EndpointSpec:
     @property
     def ray_options(self) -> dict[str, Any]:
         return {}
+
+    @property
+    def stall_seconds(self) -> float:
+        return FROZEN
 
     @property
     def requests_in_flight(self) -> int:

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from deltaray.generate.requests import Output, failed
 from deltaray.generate.units import Unit, responses_in
-from deltaray.runtime.orphans import end_with_job
+from deltaray.runtime.guard import guard
 
 Packed = dict[str, bytes]
 
@@ -50,6 +50,10 @@ class Spec(Protocol):
     @property
     def requests_in_flight(self) -> int:
         """Requests that keep one replica busy."""
+
+    @property
+    def stall_seconds(self) -> float:
+        """A replica that stands still for so long is ended."""
 
     @property
     def environment(self) -> dict[str, str]:
@@ -88,6 +92,10 @@ class SpecAround:
     @property
     def requests_in_flight(self) -> int:
         return self.spec.requests_in_flight
+
+    @property
+    def stall_seconds(self) -> float:
+        return self.spec.stall_seconds
 
     @property
     def environment(self) -> dict[str, str]:
@@ -215,7 +223,7 @@ class _PoolWorker:
     """The actor of the pool: one engine, several units in flight (Ray Data runs the coroutines side by side)."""
 
     def __init__(self, spec: Spec) -> None:
-        end_with_job()
+        guard(frozen=spec.stall_seconds)
         self.engine = spec.start()
 
     async def __call__(self, row: Packed) -> Packed:

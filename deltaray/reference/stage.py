@@ -11,6 +11,7 @@ from deltaray.recipe.losses import LOSS_FACTS
 from deltaray.recipe.study import Study, TrainingRun
 from deltaray.recipe.training import Training
 from deltaray.reference.blocks import Block, missing_blocks
+from deltaray.runtime.guard import guarded
 from deltaray.runtime.session import cluster_capacity, logs_of_ray
 from deltaray.runtime.stream import quiet_ray_data
 from deltaray.store import Store
@@ -64,7 +65,7 @@ def _stream(study: Study, training: Training, store: Store, student: str, work: 
     kind = {"accelerator_type": training.accelerator} if training.accelerator else {}
     workers = min(training.workers, len(rows), math.ceil(sum(block.rows for block in work) / RESPONSES_PER_WORKER))
     stream = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
-        ReferenceWorker,
+        guarded(ReferenceWorker),
         fn_constructor_args=(store, student, study.students[student], training),
         compute=ray.data.ActorPoolStrategy(size=workers),
         num_cpus=training.cpus_per_worker,

@@ -7,6 +7,7 @@ from typing import Any
 from deltaray.chat import Message, load_tokenizer
 from deltaray.errors import UserError
 from deltaray.recipe.scorers import RewardModel
+from deltaray.runtime.guard import guarded
 from deltaray.runtime.session import Capacity
 from deltaray.runtime.stream import quiet_ray_data
 from deltaray.score.files import Asked, Key, Unit, read_slices, write_scores
@@ -25,7 +26,7 @@ def reward_files(store: Store, units: list[Unit], capacity: Capacity) -> Iterato
         spec: RewardModel = section_of(todo[0]["unit"]["spec"])
         gpus = spec.gpus if spec.gpus is not None else float(capacity.gpus > 0)
         stream = ray.data.from_items(todo, override_num_blocks=len(todo)).map(
-            RewardWorker,
+            guarded(RewardWorker),
             fn_constructor_args=(store, spec, f"scorers.{name}"),
             compute=ray.data.ActorPoolStrategy(size=min(spec.workers, len(todo))),
             num_cpus=spec.cpus,

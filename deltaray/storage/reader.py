@@ -33,12 +33,12 @@ class Reader:
         base, mark, query = self.out.partition("?")
         return f"{base.rstrip('/')}/{path}" + (f"{mark}{query}" if self.local is None else "")
 
-    def ray_storage(self, path: str) -> dict[str, Any]:
-        """A folder as the `storage_path` and `storage_filesystem` of Ray Train and Ray Tune."""
+    def place(self, path: str) -> tuple[str, fs.FileSystem | None]:
+        """A folder as others want it who write there themselves: its path, and in which file system if not here."""
         if self.local is not None:
-            return {"storage_path": str(self.local / path)}
+            return str(self.local / path), None
         base, folder = connect(self.out)
-        return {"storage_path": f"{folder.rstrip('/')}/{path}", "storage_filesystem": patient(base)}
+        return f"{folder.rstrip('/')}/{path}", patient(base)
 
     def check_access(self) -> None:
         """Asks an object store once whether it can be reached.

@@ -15,7 +15,7 @@ from deltaray.errors import StageError, UserError
 from deltaray.imports import quick_imports
 from deltaray.recipe.study import Study, TrainingRun
 from deltaray.recipe.training import Training
-from deltaray.runtime.orphans import end_with_job
+from deltaray.runtime.guard import guard
 from deltaray.runtime.session import Capacity, beside_driver, cluster_capacity, logs_of_ray
 from deltaray.runtime.threads import Job, as_room_allows
 from deltaray.store import Store
@@ -105,6 +105,7 @@ def _trainer(
     gpus = cluster_capacity(study.recipe.cluster).gpus_per_worker(training.gpus_per_worker)
     resources = {"CPU": training.cpus_per_worker} | ({"GPU": gpus} if gpus else {})
     asked = training.generation
+    folder, filesystem = store.place(_STATE)
     job = {
         "store": store,
         "training": training,
@@ -125,7 +126,8 @@ def _trainer(
         ),
         run_config=RunConfig(
             name=name,
-            **store.ray_storage(_STATE),
+            storage_path=folder,
+            storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=training.max_failures),
             worker_runtime_env={"env_vars": _environment(gpus)},
         ),
@@ -133,10 +135,10 @@ def _trainer(
 
 
 def _work(job: dict[str, Any]) -> None:
+    guard()
     with quick_imports():  # torch and DeepSpeed are imported in the workers only
         from deltaray.train.loop import Job, train_runs
 
-    end_with_job()
     train_runs(Job(**job))
 
 

@@ -98,6 +98,7 @@ class Explorer:
         choices = [trial.choice for trial in known or () if trial.name not in over]
         pairs = ray.remote(num_cpus=0)(PairMaker).remote()
         sweep = Sweep(self.study, self.store, trial_demand(self.study, capacity), pairs)
+        folder, filesystem = self.store.place(LOGS)
         # the trial itself reserves nothing; its small tasks, such as publishing, have the second bundle
         room = tune.PlacementGroupFactory([{}, {"CPU": TRIAL_CPUS}])
         tuner = tune.Tuner(
@@ -106,7 +107,8 @@ class Explorer:
             tune_config=self._config(capacity),
             run_config=tune.RunConfig(
                 name=f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:4]}",
-                **self.store.ray_storage(LOGS),
+                storage_path=folder,
+                storage_filesystem=filesystem,
                 failure_config=tune.FailureConfig(max_failures=explored(recipe).max_failures),
                 callbacks=[follower(self.left()), *_loggers(recipe)],
                 verbose=0,

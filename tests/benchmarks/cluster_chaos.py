@@ -29,10 +29,10 @@ from ruamel.yaml import YAML
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
 from chaos import REAL  # noqa: E402
-from cluster_faults import Fault, Faults, title  # noqa: E402
+from cluster_faults import Fault, Faults  # noqa: E402
 from cluster_study import BUCKET, Attempts, Result, Study  # noqa: E402
 from fake_engine import Behaviour  # noqa: E402
-from machine_cluster import PROGRAMS, MachineCluster, machine_cluster  # noqa: E402
+from machine_cluster import PROGRAMS, MachineCluster, machine_cluster, title  # noqa: E402
 from machines import network, unavailable  # noqa: E402
 from s3_server import Server, serve  # noqa: E402
 from tiny_model import save_tiny  # noqa: E402

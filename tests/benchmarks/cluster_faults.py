@@ -2,12 +2,13 @@
 
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import psutil
-from machine_cluster import MachineCluster
+from machine_cluster import GCS, RAYLET, MachineCluster, title
 from machines import Machine, command_line
 from s3_server import Gate
 
@@ -45,6 +46,7 @@ class Faults:
         self.cluster, self.gate, self.draw, self.tend, self.stage = cluster, gate, draw, tend, stage
         self.kinds: dict[str, Callable[[], str]] = {
             "process killed": self.process,
+            "process frozen": self.freeze,
             "node killed and added": self.node,
             "head killed and started": self.head,
             "cable pulled": self.cable,
@@ -79,14 +81,30 @@ class Faults:
 
     # --- processes and machines -------------------------------------------------------------------------------------
     def process(self) -> str:
-        """One of Ray's workers: an engine's, a task's, a training worker."""
-        found = [(machine, it) for machine in self.cluster.workers for it in machine.processes() if title(it)]
+        what, victim = self._victim(self.cluster.workers, title)
+        if victim is not None:
+            victim.kill()
+        return what
+
+    def freeze(self) -> str:
+        """One of Ray's workers, a raylet or the head's GCS, for a while."""
+        what, victim = self._victim([self.cluster.head, *self.cluster.workers], lambda it: title(it) or daemon(it))
+        if victim is not None:
+            victim.suspend()
+            self._a_while()
+            with suppress(psutil.NoSuchProcess):
+                victim.resume()
+        return what
+
+    def _victim(
+        self, machines: Sequence[Machine], name: Callable[[psutil.Process], str]
+    ) -> tuple[str, psutil.Process | None]:
+        """One of the processes there that have a name."""
+        found = [(machine, it) for machine in machines for it in machine.processes() if name(it)]
         if not found:
-            return "nobody was there"
+            return "nobody was there", None
         machine, victim = self.draw.choice(found)
-        name = title(victim)
-        victim.kill()
-        return f"{name} on {machine.name}"
+        return f"{name(victim)} on {machine.name}", victim
 
     def node(self) -> str:
         machine = self.draw.choice(self.cluster.workers)
@@ -160,7 +178,7 @@ def _both(one: Machine, other: Machine, act: Callable[[Machine, Machine], None])
     act(other, one)
 
 
-def title(process: psutil.Process) -> str:
-    """What a worker of Ray's runs, by the title that Ray gives it; empty for others and for idle ones."""
-    name = command_line(process).partition("ray::")[2]
-    return "" if name.startswith("IDLE") else name.partition(".")[0].strip()
+def daemon(process: psutil.Process) -> str:
+    """What of Ray itself a process is."""
+    line = command_line(process)
+    return next((name for name, mark in {"raylet": RAYLET, "GCS": GCS}.items() if mark in line), "")
