@@ -1,7 +1,7 @@
 """Ends a worker that would hold its CPUs and GPUs for nobody: its command is gone, or it is frozen.
 
-A frozen process (stopped, stuck in the kernel, or in a call that never lets Python's threads run) keeps its
-connections, and Ray takes it for alive. Once it is dead its work is repeated by another.
+A frozen process (stopped, or in a call that never lets Python's threads run) keeps its connections, and Ray takes it
+for alive. Once it is dead its work is repeated by another.
 
 Run as a program this file is what watches a worker from outside.
 """

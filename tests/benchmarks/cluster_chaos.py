@@ -1,13 +1,13 @@
 """A cluster in trouble: studies on machines with networks of their own, whose parts fail one after the other.
 
-    python tests/benchmarks/cluster_chaos.py [--faults 30] [--seed 1]      a fake engine, all else real
+    python tests/benchmarks/cluster_chaos.py [--faults 36] [--seed 1]      a fake engine, all else real
     python tests/benchmarks/cluster_chaos.py --vllm      vLLM pools and ZeRO-3 on different nodes, left alone
 
 Needs root, iproute2 and redis-server. A head with a Redis, a desk where commands are given and three workers are
 namespaces of this computer. One study, with `out` in a bucket of an S3 server, is left alone, and the same one done
 again and again while the faults happen. A command that ends with an error is given again. Fails where a response or a
 pair is lost or doubled, where a student differs in a bit, or where a study does not end. Writes
-`results/cluster-chaos.json` or `results/across-nodes.json`.
+`results/cluster-chaos-seed<N>.json` or `results/across-nodes.json`.
 """
 
 import argparse
@@ -51,7 +51,7 @@ VARIABLES = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vllm", action="store_true")
-    parser.add_argument("--faults", type=int, default=30)
+    parser.add_argument("--faults", type=int, default=36)
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
     if reason := unavailable(*PROGRAMS):
@@ -71,7 +71,7 @@ def main() -> None:
         **result,
         "seconds": round(time.monotonic() - began),
     }
-    kind = "across-nodes" if arguments.vllm else "cluster-chaos"
+    kind = "across-nodes" if arguments.vllm else f"cluster-chaos-seed{arguments.seed}"
     (RESULTS / f"{kind}.json").write_text(json.dumps(record, indent=2) + "\n")
     print(json.dumps(record))
 

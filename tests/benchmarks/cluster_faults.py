@@ -17,6 +17,10 @@ PAUSE = 16.0
 SHORT, LONG = 2.0, 30.0
 """Seconds that a fault lasts. The head takes a node for dead after about 15 without an answer."""
 HOUR = 3600.0
+OURS, AGENT = ("Map", "RayTrainWorker", "publish"), "Agent"
+"""How the titles of processes begin that work for us, and what is in those of Ray's agents."""
+Name = Callable[[psutil.Process], str]
+"""What a process is called; empty if it is not meant."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,8 @@ class Faults:
     ) -> None:
         self.cluster, self.gate, self.draw, self.tend, self.stage = cluster, gate, draw, tend, stage
         self.kinds: dict[str, Callable[[], str]] = {
-            "process killed": self.process,
+            "worker killed": self.worker,
+            "agent killed": self.agent,
             "process frozen": self.freeze,
             "node killed and added": self.node,
             "head killed and started": self.head,
@@ -80,31 +85,41 @@ class Faults:
         self.let_pass(self.draw.uniform(least, most))
 
     # --- processes and machines -------------------------------------------------------------------------------------
-    def process(self) -> str:
-        what, victim = self._victim(self.cluster.workers, title)
+    def worker(self) -> str:
+        """A process that works for us: an engine, a task, a training worker."""
+        return self._kill(working)
+
+    def agent(self) -> str:
+        """One of Ray's agents on a node."""
+        return self._kill(lambda process: title(process) if AGENT in title(process) else "")
+
+    def _kill(self, name: Name) -> str:
+        what, victim = self._victim(self.cluster.workers, name)
         if victim is not None:
-            victim.kill()
+            with suppress(psutil.NoSuchProcess):
+                victim.kill()
         return what
 
     def freeze(self) -> str:
-        """One of Ray's workers, a raylet or the head's GCS, for a while."""
-        what, victim = self._victim([self.cluster.head, *self.cluster.workers], lambda it: title(it) or daemon(it))
+        """A process that works for us, a raylet or the head's GCS, for a while."""
+        what, victim = self._victim([self.cluster.head, *self.cluster.workers], lambda it: working(it) or daemon(it))
         if victim is not None:
-            victim.suspend()
-            self._a_while()
             with suppress(psutil.NoSuchProcess):
+                victim.suspend()
+                self._a_while()
                 victim.resume()
         return what
 
-    def _victim(
-        self, machines: Sequence[Machine], name: Callable[[psutil.Process], str]
-    ) -> tuple[str, psutil.Process | None]:
-        """One of the processes there that have a name."""
-        found = [(machine, it) for machine in machines for it in machine.processes() if name(it)]
-        if not found:
-            return "nobody was there", None
-        machine, victim = self.draw.choice(found)
-        return f"{name(victim)} on {machine.name}", victim
+    def _victim(self, machines: Sequence[Machine], name: Name) -> tuple[str, psutil.Process | None]:
+        """One of the processes there that have a name, as soon as there is one."""
+        until = time.monotonic() + LONG
+        while time.monotonic() < until:
+            found = [(it, machine, name(it)) for machine in machines for it in machine.processes()]
+            if named := [entry for entry in found if entry[2]]:
+                victim, machine, called = self.draw.choice(named)
+                return f"{called} on {machine.name}", victim
+            self.let_pass(0.2)
+        return "nobody was there", None
 
     def node(self) -> str:
         machine = self.draw.choice(self.cluster.workers)
@@ -176,6 +191,12 @@ class Faults:
 def _both(one: Machine, other: Machine, act: Callable[[Machine, Machine], None]) -> None:
     act(one, other)
     act(other, one)
+
+
+def working(process: psutil.Process) -> str:
+    """What a process does for us; empty for Ray's own."""
+    name = title(process)
+    return name if name.startswith(OURS) else ""
 
 
 def daemon(process: psutil.Process) -> str:
