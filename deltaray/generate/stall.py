@@ -9,9 +9,11 @@ import os
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 import psutil
+
+from deltaray.runtime.guard import kill_tree
 
 log = logging.getLogger(__name__)
 
@@ -42,12 +44,5 @@ class StallWatch:
                     "the engine of %s has not ended a step for %g s (engine.stall_seconds); ending its process",
                     self.engine, self.seconds,
                 )  # fmt: skip
-                _end()
-
-
-def _end() -> None:
-    """SIGKILL reaches children that are stopped or hang, too."""
-    for child in psutil.Process().children(recursive=True):
-        with suppress(psutil.Error):
-            child.kill()
-    os._exit(1)
+                kill_tree(psutil.Process())
+                os._exit(1)

@@ -91,13 +91,16 @@ def _watch(pid: int, interval: float) -> None:
         else:
             return
     print(f"process {pid} gave no sign of life for {LOOKS * interval:g} s; ending it", file=sys.stderr)
+    kill_tree(worker)
+
+
+def kill_tree(process: psutil.Process) -> None:
+    """SIGKILL, which reaches those that are stopped or hang, to a process and its children; the caller is left out."""
     with suppress(psutil.NoSuchProcess):
-        children = worker.children(recursive=True)
-        worker.kill()
-        for child in children:
-            if child.pid != os.getpid():
+        for it in (process, *process.children(recursive=True)):
+            if it.pid != os.getpid():
                 with suppress(psutil.NoSuchProcess):
-                    child.kill()
+                    it.kill()
 
 
 if __name__ == "__main__":
