@@ -10,8 +10,10 @@ import asyncio
 import hashlib
 import json
 import os
+import signal
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ class Behaviour:
     delay: float = 0.0  # seconds per unit
     failing: float = 0.0  # share of the rows that fail, always the same ones
     marks: str | None = None  # a folder in which every unit leaves a line when it starts
+    freezes: bool = False  # whoever starts the first unit stops his process in the middle of it; needs marks
     replicas: int = 1  # a replica answers two units quickly, and more when the pool has so many that have marked one
 
     def variable(self) -> dict[str, str]:
@@ -63,6 +66,8 @@ class FakeEngine:
         self.units += 1
         if self.behaviour.marks:
             _mark(Path(self.behaviour.marks), unit)
+            if self.behaviour.freezes:
+                _freeze_once(Path(self.behaviour.marks))
             if self.units > 2:  # Ray Data asks for nodes when it knows how fast the present ones are
                 await self._company(Path(self.behaviour.marks), unit["name"])
         if self.behaviour.delay:
@@ -118,6 +123,13 @@ def _mark(folder: Path, unit: Mapping[str, Any]) -> None:
     line |= {"temperature": temperature, "at": time.time()}
     with (folder / f"{os.getpid()}.jsonl").open("ab", buffering=0) as sink:
         sink.write(json.dumps(line).encode() + b"\n")
+
+
+def _freeze_once(folder: Path) -> None:
+    with suppress(FileExistsError), folder.with_suffix(".frozen").open("x") as sink:
+        sink.write(str(os.getpid()))
+        sink.flush()
+        os.kill(os.getpid(), signal.SIGSTOP)
 
 
 def main() -> None:
