@@ -65,7 +65,7 @@ def test_a_frozen_replica_is_ended_and_another_repeats_its_units(tmp_path: Path)
     marks = tmp_path / "marks"
     marks.mkdir()
     behaviour = Behaviour(marks=str(marks), freezes=True)
-    lab = Lab(tmp_path / "study", prompts=64, stall_seconds=5, behaviour=behaviour, settings=SMALL)
+    lab = Lab(tmp_path / "study", prompts=64, stall_seconds=10, behaviour=behaviour, settings=SMALL)
     code, stderr = Command(lab, "generate", str(lab.write())).result()
     assert code == 0, stderr
     check_complete(lab)
