@@ -3,10 +3,13 @@
 import os
 import shutil
 import signal
+import sys
 from contextlib import suppress
+from pathlib import Path
 
 import psutil
 import pytest
+import ray
 import torch
 from safetensors.torch import load_file
 from test_train import fill_store, metrics_of
@@ -35,14 +38,14 @@ def study_for(out, model, **training):
     return expand(Recipe.model_validate(recipe))
 
 
-def kill_a_worker():
-    """SIGKILL to one process of the worker group that runs now in this process's Ray."""
+def kill_an_actor(name):
+    """SIGKILL to the process of an actor that runs now in this process's Ray."""
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.NoSuchProcess):
-            if "RayTrainWorker" in " ".join(process.cmdline()):
+            if name in " ".join(process.cmdline()):
                 os.kill(process.pid, signal.SIGKILL)
                 return
-    pytest.fail("there is no worker to kill")
+    pytest.fail(f"there is no {name} to kill")
 
 
 class Killer:
@@ -55,7 +58,7 @@ class Killer:
         if run == "killed" and 9 <= step < total and not self.done:
             # the same settings and pairs: what `broken` would have left behind if its command had died here
             shutil.copytree(self.folder / "killed", self.folder / "broken")
-            kill_a_worker()
+            kill_an_actor("RayTrainWorker")
             self.done = True
 
 
@@ -102,6 +105,38 @@ def test_damaged_checkpoints_are_left_out_and_another_number_of_workers_goes_on(
     for name, expected in weights(store, "whole").items():
         torch.testing.assert_close(weights(store, "broken")[name], expected, rtol=0, atol=1e-4)
     assert _checkpoints(store) == []
+
+
+class Deadly(Store):
+    """The first training worker that unpickles it is killed: it has just been handed its work."""
+
+    def __reduce__(self):
+        return _die_once, (self.out,)
+
+
+def _die_once(out):
+    if "RayTrainWorker" in " ".join(psutil.Process().cmdline()):
+        with suppress(FileExistsError):
+            Path(f"{out}-killed").touch(exist_ok=False)
+            os.kill(os.getpid(), signal.SIGKILL)
+    return Store(out)
+
+
+def test_actors_that_ray_train_does_not_replace_are_replaced(killed):
+    store, study, _ = killed
+    before = (store.local / Store.student("whole")).rename(store.local / "before")
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    said, victims = [], ["TrainController"]
+
+    def listener(run, step, total, metrics):
+        if 9 <= step < total and victims:
+            kill_an_actor(victims.pop())
+
+    assert train(study, Deadly(store.out), [study.runs["whole"]], listener, said.append) == ["whole"]
+    again = "whole: an actor of Ray Train died; starting the workers again"
+    assert said[:2] == [f"{again} (1)", f"{again} (2)"] and said[2].startswith("whole: resumed after step ")
+    for file in before.glob("*.safetensors"):
+        assert (store.local / Store.student("whole") / file.name).read_bytes() == file.read_bytes()
 
 
 def _checkpoints(store):

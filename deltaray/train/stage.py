@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import ray
+from ray.exceptions import RayActorError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchTrainer
 
@@ -48,7 +49,13 @@ def train(
     name, capacity = f"train-{uuid.uuid4().hex[:8]}", cluster_capacity(study.recipe.cluster)
     groups = in_groups(missing, training.groups)
     fits: list[Job] = [
-        partial(_fit, _trainer(study, training, store, group, progress, f"{name}-{number}"), progress, group)
+        partial(
+            _fit,
+            partial(_trainer, study, training, store, group, progress, f"{name}-{number}"),
+            progress,
+            group,
+            training.max_failures,
+        )
         for number, group in enumerate(groups)
     ]
     try:
@@ -86,13 +93,19 @@ def _needs(training: Training, capacity: Capacity) -> Capacity:
     return Capacity(training.workers * training.cpus_per_worker, training.workers * gpus)
 
 
-def _fit(trainer: TorchTrainer, progress: Any, group: list[TrainingRun]) -> None:
-    try:
-        trainer.fit()
-    except TrainingFailedError as error:
-        begun = ray.get(progress.started.remote())
-        run = next((run.name for run in reversed(group) if run.name in begun), group[0].name)
-        raise _failure(error, run) from error
+def _fit(trainer: Callable[[], TorchTrainer], progress: Any, group: list[TrainingRun], repeats: int) -> None:
+    """Ray Train repeats what fails in its workers, but neither its controller nor a start in which a worker dies."""
+    for again in range(1, repeats + 2):
+        try:
+            trainer().fit()
+            return
+        except (TrainingFailedError, RayActorError) as error:
+            begun = ray.get(progress.started.remote())
+            run = next((run.name for run in reversed(group) if run.name in begun), group[0].name)
+            died = isinstance(getattr(error, "controller_failure", error), RayActorError)
+            if not died or again > repeats:
+                raise _failure(error, run) from error
+            ray.get(progress.note.remote(run, f"an actor of Ray Train died; starting the workers again ({again})"))
 
 
 _STATE = ".deltaray/train"
@@ -207,7 +220,7 @@ def _watched(progress: Any, on_progress: OnProgress, say: Callable[[str], None])
 
 
 # --- failures ---------------------------------------------------------------------------------------------------
-def _failure(error: TrainingFailedError, run: str) -> Exception:
+def _failure(error: TrainingFailedError | RayActorError, run: str) -> Exception:
     causes: dict[int, BaseException] = getattr(error, "worker_failures", {})
     cause: BaseException = next(iter(causes.values()), error)
     cause = getattr(cause, "cause", None) or cause
