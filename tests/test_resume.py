@@ -38,14 +38,25 @@ def study_for(out, model, **training):
     return expand(Recipe.model_validate(recipe))
 
 
-def kill_an_actor(name):
-    """SIGKILL to the process of an actor that runs now in this process's Ray."""
+def processes(name):
+    """Those of this process's Ray with something in their command lines, which Ray sets to what an actor is."""
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.NoSuchProcess):
             if name in " ".join(process.cmdline()):
-                os.kill(process.pid, signal.SIGKILL)
-                return
-    pytest.fail(f"there is no {name} to kill")
+                yield process
+
+
+def kill_an_actor(name):
+    victim = next(processes(name), None)
+    assert victim is not None, f"there is no {name} to kill"
+    victim.kill()
+
+
+def watched():
+    """The actors that have somebody beside them who ends them when they are frozen."""
+    for watcher in processes("runtime/guard.py"):
+        with suppress(psutil.NoSuchProcess):
+            yield watcher.parent().cmdline()[0].partition(".")[0]
 
 
 class Killer:
@@ -53,8 +64,10 @@ class Killer:
 
     def __init__(self, store):
         self.folder, self.done = store.local / ".deltaray" / "checkpoints", False
+        self.watched = set()
 
     def __call__(self, run, step, total, metrics):
+        self.watched |= set(watched())
         if run == "killed" and 9 <= step < total and not self.done:
             # the same settings and pairs: what `broken` would have left behind if its command had died here
             shutil.copytree(self.folder / "killed", self.folder / "broken")
@@ -64,17 +77,17 @@ class Killer:
 
 @pytest.fixture(scope="module")
 def killed(ray_session, tmp_path_factory):
-    """(store, study, what was said) of a run whose worker is killed, beside one that is left alone."""
+    """(store, study, what was said, watched actors) of a run whose worker is killed, beside one that is left alone."""
     folder = tmp_path_factory.mktemp("resume")
     study = study_for(folder / "out", save_tiny(folder / "student", vocabulary=2048))
     store, said = Store(study.recipe.out), []
     listener = Killer(store)
     fill_store(store)
-    reference(study, store, "student", ["big", "small"], lambda *_: None)
+    reference(study, store, "student", ["big", "small"], lambda *_: listener.watched.update(watched()))
     runs = [study.runs[name] for name in ("whole", "killed")]
     assert train(study, store, runs, listener, said.append) == ["whole", "killed"]
     assert listener.done
-    return store, study, said
+    return store, study, said, listener.watched
 
 
 def weights(store, name):
@@ -86,7 +99,7 @@ def without_time(lines):
 
 
 def test_a_killed_worker_changes_no_bit(killed):
-    store, _, said = killed
+    store, _, said, _ = killed
     files = [store.local / Store.student(name) / "model.safetensors" for name in ("whole", "killed")]
     assert files[0].read_bytes() == files[1].read_bytes()
     assert any(line.startswith("killed: resumed after step ") for line in said)
@@ -94,8 +107,13 @@ def test_a_killed_worker_changes_no_bit(killed):
     assert [line["step"] for line in metrics_of(store, "killed")] == list(range(1, STEPS + 1))
 
 
+def test_workers_that_hold_models_are_watched(killed):
+    *_, names = killed
+    assert names >= {"ray::MapWorker(Map(ReferenceWorker))", "ray::RayTrainWorker"}
+
+
 def test_damaged_checkpoints_are_left_out_and_another_number_of_workers_goes_on(killed):
-    store, study, _ = killed
+    store, study, *_ = killed
     newest, before = _checkpoints(store)
     _damage(store, newest)
     alone, said = study_for(store.out, study.students["student"].model, workers=1), []
@@ -123,7 +141,7 @@ def _die_once(out):
 
 
 def test_actors_that_ray_train_does_not_replace_are_replaced(killed):
-    store, study, _ = killed
+    store, study, *_ = killed
     before = (store.local / Store.student("whole")).rename(store.local / "before")
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     said, victims = [], ["TrainController"]
