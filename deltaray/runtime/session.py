@@ -141,13 +141,15 @@ def cpus_of_a_core() -> float:
 def beside_driver() -> dict[str, Any]:
     """Options of a small actor that belongs to this process: on its node, so that no other node takes it along.
 
-    Ray puts an actor that asks for nothing on any node, spot ones included.
+    Ray puts an actor that asks for nothing on any node, spot ones included. One that dies is made anew, without what it
+    knew, and asked again.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = ray.get_runtime_context().get_node_id()
-    return {"num_cpus": 0, "scheduling_strategy": NodeAffinitySchedulingStrategy(here, soft=False)}
+    place = NodeAffinitySchedulingStrategy(here, soft=False)
+    return {"num_cpus": 0, "scheduling_strategy": place, "max_restarts": -1, "max_task_retries": -1}
 
 
 def stop_ray() -> None:

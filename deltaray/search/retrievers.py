@@ -90,8 +90,7 @@ def _retriever(rules: Search) -> Retriever:
     import ray
 
     passages_of(rules.corpus)  # in this process, where a mistake in the corpus ends in one plain message
-    options = beside_driver() | {"max_restarts": -1, "max_task_retries": -1}
-    return Index(ray.remote(**options)(_Index).remote(rules.corpus))
+    return Index(ray.remote(**beside_driver())(_Index).remote(rules.corpus))
 
 
 class _Index:

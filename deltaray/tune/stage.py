@@ -11,7 +11,7 @@ from typing import Any
 from deltaray.errors import StageError
 from deltaray.recipe.recipe import Recipe
 from deltaray.recipe.study import Study
-from deltaray.runtime.session import TRIAL_CPUS, Capacity
+from deltaray.runtime.session import TRIAL_CPUS, Capacity, beside_driver
 from deltaray.runtime.threads import side_by_side
 from deltaray.store import Store
 from deltaray.tune.records import Record, is_over, read_records
@@ -96,7 +96,7 @@ class Explorer:
         recipe, over = self.study.recipe, self.over(self.retry_failed)
         known = known_trials(recipe)
         choices = [trial.choice for trial in known or () if trial.name not in over]
-        pairs = ray.remote(num_cpus=0)(PairMaker).remote()
+        pairs = ray.remote(**beside_driver())(PairMaker).remote()
         sweep = Sweep(self.study, self.store, trial_demand(self.study, capacity), pairs)
         folder, filesystem = self.store.place(LOGS)
         # the trial itself reserves nothing; its small tasks, such as publishing, have the second bundle

@@ -51,6 +51,7 @@ class Faults:
         self.kinds: dict[str, Callable[[], str]] = {
             "worker killed": self.worker,
             "agent killed": self.agent,
+            "actor of a command killed": self.actor,
             "process frozen": self.freeze,
             "node killed and added": self.node,
             "head killed and started": self.head,
@@ -87,14 +88,18 @@ class Faults:
     # --- processes and machines -------------------------------------------------------------------------------------
     def worker(self) -> str:
         """A process that works for us: an engine, a task, a training worker."""
-        return self._kill(working)
+        return self._kill(working, self.cluster.workers)
 
     def agent(self) -> str:
         """One of Ray's agents on a node."""
-        return self._kill(lambda process: title(process) if AGENT in title(process) else "")
+        return self._kill(lambda process: title(process) if AGENT in title(process) else "", self.cluster.workers)
 
-    def _kill(self, name: Name) -> str:
-        what, victim = self._victim(self.cluster.workers, name)
+    def actor(self) -> str:
+        """An actor beside the command: Ray Train's controller, what gathers progress, Ray Data's own."""
+        return self._kill(lambda process: "" if AGENT in title(process) else title(process), [self.cluster.desk])
+
+    def _kill(self, name: Name, machines: Sequence[Machine]) -> str:
+        what, victim = self._victim(machines, name)
         if victim is not None:
             with suppress(psutil.NoSuchProcess):
                 victim.kill()
