@@ -204,11 +204,11 @@ def test_without_ray_metrics_are_silent(monkeypatch):
 STANDING = """
 import signal, subprocess, sys, time
 from deltaray.generate.stall import StallWatch
-watch = StallWatch(0.5, "some/model")
+watch = StallWatch(2, "some/model")
 for _ in range(4):  # each step in time, all of them together not
     with watch.step():
-        time.sleep(0.2)
-time.sleep(1)  # nothing to do
+        time.sleep(0.6)
+time.sleep(2.5)  # nothing to do
 core = subprocess.Popen(["sleep", "1000"])
 core.send_signal(signal.SIGSTOP)
 print(core.pid, flush=True)
@@ -221,6 +221,6 @@ def test_an_engine_that_stands_still_is_ended_with_its_children() -> None:
     command = [sys.executable, "-c", STANDING]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert ran.returncode == 1, ran.stderr
-    assert "the engine of some/model has not ended a step for 0.5 s (engine.stall_seconds)" in ran.stderr
+    assert "the engine of some/model has not ended a step for 2 s (engine.stall_seconds)" in ran.stderr
     core = int(ran.stdout)
     assert not psutil.pid_exists(core) or psutil.Process(core).status() == psutil.STATUS_ZOMBIE
