@@ -11,6 +11,7 @@ import psutil
 import pytest
 import ray
 import torch
+from ray.util.placement_group import placement_group, remove_placement_group
 from safetensors.torch import load_file
 from test_train import fill_store, metrics_of
 from tiny_model import save_tiny
@@ -145,6 +146,9 @@ def test_actors_that_ray_does_not_replace_by_itself_are_replaced(killed):
     before = (store.local / Store.student("whole")).rename(store.local / "before")
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     said, victims = [], ["ray::TrainController", "ray::Progress"]
+    room = int(ray.cluster_resources()["CPU"]) - 2  # the workers can be started again only where they were
+    taken = placement_group([{"CPU": room}])
+    assert taken.wait(60)
 
     def say(text):
         said.append(text)
@@ -156,6 +160,7 @@ def test_actors_that_ray_does_not_replace_by_itself_are_replaced(killed):
             kill_an_actor(victims.pop())
 
     assert train(study, Deadly(store.out), [study.runs["whole"]], listener, say) == ["whole"]
+    remove_placement_group(taken)
     again = "whole: an actor of Ray Train died; starting the workers again"
     assert not victims
     assert said[:2] == [f"{again} (1)", f"{again} (2)"] and said[2].startswith("whole: resumed after step ")

@@ -17,6 +17,7 @@ from deltaray.imports import quick_imports
 from deltaray.recipe.study import Study, TrainingRun
 from deltaray.recipe.training import Training
 from deltaray.runtime.guard import guard
+from deltaray.runtime.leftovers import release_groups
 from deltaray.runtime.session import Capacity, beside_driver, cluster_capacity, logs_of_ray
 from deltaray.runtime.threads import Job, as_room_allows
 from deltaray.store import Store
@@ -26,6 +27,8 @@ OnProgress = Callable[[str, int, int, dict[str, Any]], None]
 """(run, steps done, steps in all, the last step's metrics); a run starts with step 0 and no metrics."""
 
 POLL_INTERVAL = 0.25
+ORPHANED = 10.0
+"""Seconds in which Ray knows that an actor is dead whose death was met."""
 COLLECTIVE_TIMEOUT = 7200
 """Seconds that a worker waits for the others; rank 0 alone uploads a student meanwhile."""
 
@@ -96,6 +99,7 @@ def _needs(training: Training, capacity: Capacity) -> Capacity:
 def _fit(trainer: Callable[[], TorchTrainer], progress: Any, group: list[TrainingRun], repeats: int) -> None:
     """Ray Train repeats what fails in its workers, but neither its controller nor a start in which a worker dies."""
     for again in range(1, repeats + 2):
+        release_groups(patience=ORPHANED if again > 1 else 0)
         try:
             trainer().fit()
             return
