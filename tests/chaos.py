@@ -133,7 +133,7 @@ def prompt_id(number: int) -> str:
 class Command:
     """A command in processes of its own, and what can be killed of it."""
 
-    def __init__(self, lab: Lab, *arguments: str, program: tuple[str, ...] = FAKE) -> None:
+    def __init__(self, lab: Lab, *arguments: str, program: tuple[str, ...] = FAKE, heard: bool = True) -> None:
         self.lab = lab
         environment = os.environ | lab.behaviour.variable() | {"PYTHONPATH": str(ROOT)}
         self.process = subprocess.Popen(
@@ -145,9 +145,12 @@ class Command:
             text=True,
             start_new_session=True,
         )
+        assert self.process.stderr is not None
+        if not heard:
+            self.process.stderr.close()
         self.stderr: list[str] = []
         self.workers: list[psutil.Process] = []  # whoever was seen to write
-        self.reader = threading.Thread(target=self._read, daemon=True)
+        self.reader = threading.Thread(target=self._read if heard else list, daemon=True)
         self.reader.start()
 
     def _read(self) -> None:

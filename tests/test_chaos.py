@@ -7,7 +7,9 @@ The seed of the random kills is printed; `DELTARAY_CHAOS_SEED` repeats it.
 import asyncio
 import os
 import random
+import signal
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -70,6 +72,20 @@ def test_a_frozen_replica_is_ended_and_another_repeats_its_units(tmp_path: Path)
     assert code == 0, stderr
     check_complete(lab)
     assert 0 < generated_again(marks)[1] <= lab.units_in_flight * lab.unit_size
+
+
+def test_a_command_outlives_its_listeners_and_ends_with_its_terminal(tmp_path: Path) -> None:
+    """The pipe that it writes into is closed, as by `head`; SIGHUP is what a terminal sends when it is closed."""
+    lab = Lab(tmp_path / "study", prompts=2000, behaviour=Behaviour(delay=0.2), settings=SMALL)
+    command = Command(lab, "generate", str(lab.write()), heard=False)
+    while len(list((lab.out / "responses").rglob("*.parquet"))) < 10:  # more than one line of progress later
+        assert command.runs
+        time.sleep(0.1)
+    command.process.send_signal(signal.SIGHUP)
+    code, _ = command.result()
+    assert code == 130
+    [log] = (lab.out / ".deltaray" / "logs").iterdir()
+    assert "Traceback" not in log.read_text()
 
 
 # --- a crash at every write ---------------------------------------------------------------------------------------

@@ -27,6 +27,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     """
     _quiet_libraries()
     signal.signal(signal.SIGTERM, _interrupt)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # under nohup
+        signal.signal(signal.SIGHUP, _interrupt)
     terminal = Terminal()
     try:
         code = app(arguments, standalone_mode=False, obj=terminal) or 0

@@ -10,11 +10,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from errno import EIO, EPIPE
+from io import FileIO, TextIOWrapper
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from deltaray.errors import StageError
 
 PLAIN_INTERVAL = 5.0
 """Seconds between progress lines when stderr is no terminal."""
@@ -79,8 +83,27 @@ class Terminal:
 def _console(descriptor: int) -> Console:
     """On a private copy of the descriptor; what goes into a pipe or a file is not cut to a terminal's width."""
     width = None if os.isatty(descriptor) else PLAIN_WIDTH
-    file = os.fdopen(os.dup(descriptor), "w", encoding="utf-8")
+    file = TextIOWrapper(_Output(os.dup(descriptor), messages=descriptor == 2), encoding="utf-8", write_through=True)
     return Console(file=file, highlight=False, soft_wrap=True, width=width)
+
+
+class _Output(FileIO):
+    """A descriptor whose reader may go away (a closed terminal, an ended pipe), which must not cost hours of work."""
+
+    def __init__(self, descriptor: int, messages: bool) -> None:
+        super().__init__(descriptor, "w")
+        self.messages = messages  # worth less than the work; what a command was asked for is not
+
+    def write(self, data: Any) -> int:
+        """Raises StageError if a result cannot be written, to a full disk for example."""
+        left = memoryview(data)
+        try:
+            while left:
+                left = left[super().write(left) :]
+        except OSError as error:
+            if not (self.messages or error.errno in (EIO, EPIPE)):
+                raise StageError(f"the output cannot be written: {error.strerror}") from None
+        return len(data)
 
 
 def _bars(console: Console) -> Progress:
