@@ -10,6 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from deltaray.errors import StageError
 from deltaray.generate.pools import Load, MakeTable, OnRows, describe, run_pools
 from deltaray.generate.share import shared_pools
 from deltaray.generate.staging import publish, waiting_folders
@@ -17,6 +18,7 @@ from deltaray.generate.stream import TASK_CPUS, Spec
 from deltaray.generate.units import Assignment, Unit, load_unit, missing_units
 from deltaray.recipe.recipe import Failures
 from deltaray.runtime.session import Capacity
+from deltaray.runtime.stream import PATIENCE
 from deltaray.store import Store
 
 
@@ -90,10 +92,21 @@ class _Publisher:
             self._publish(summary["destination"], folder, summary["retry"])
 
     def finish(self) -> None:
-        """Waits until all is published."""
+        """Waits until all is published.
+
+        Raises:
+            StageError: nothing is any more; a task that is sent to a node which dies then is forgotten by Ray.
+        """
         import ray
 
-        ray.get(self.tasks)
+        waiting = self.tasks
+        while waiting:
+            done, waiting = ray.wait(waiting, timeout=PATIENCE)
+            ray.get(done)
+            if not done:
+                raise StageError(
+                    f"{len(waiting)} shards wait to be published and nothing happens: run the same command again"
+                )
 
     def _publish(self, destination: str, folder: str, retry: bool) -> None:
         import ray

@@ -7,34 +7,53 @@ from typing import Any
 
 from deltaray.runtime.session import cpus_of_a_core
 
+log = logging.getLogger(__name__)
 
-def map_units(
-    units: list[dict[str, Any]], work: Callable[[dict[str, Any]], dict[str, Any]]
-) -> Iterator[dict[str, Any]]:
+PATIENCE = 3600.0
+"""Seconds in which one of the units under way must end, at first; a file of programs to be tested takes long."""
+
+Unit = dict[str, Any]
+
+
+def map_units(units: list[Unit], work: Callable[[Unit], Unit]) -> Iterator[Unit]:
     """Runs `work` on every unit somewhere in the cluster; yields the results as they finish.
 
     Units and results travel as JSON, so that an empty list or a null keeps its type on the way. Each takes a core.
+    Where none ends for a while the rest is asked for anew, and given twice as long: Ray may forget a unit that is sent
+    to a node which dies at that moment (ray-project/ray#63405). `work` must bear to be done twice.
     """
+    from ray.data.exceptions import ExecutionTimeoutError
+
+    missing, patience = dict(enumerate(units)), PATIENCE
+    while missing:
+        try:
+            for number, result in _stream(missing, _JsonWork(work), patience):
+                del missing[number]
+                yield result
+        except ExecutionTimeoutError:
+            log.warning("%d units are asked for anew: none has ended for %g s", len(missing), patience)
+            patience *= 2
+
+
+def _stream(units: dict[int, Unit], work: "_JsonWork", patience: float) -> Iterator[tuple[int, Unit]]:
     import ray
 
-    if not units:
-        return
     quiet_ray_data()
-    rows = ray.data.from_items([{"unit": json.dumps(unit)} for unit in units], override_num_blocks=len(units))
-    named = _JsonWork(work)
-    results = rows.map(named, num_cpus=cpus_of_a_core())
-    results.set_name(named.__name__)
+    asked = [{"number": number, "unit": json.dumps(unit)} for number, unit in units.items()]
+    results = ray.data.from_items(asked, override_num_blocks=len(asked)).map(work, num_cpus=cpus_of_a_core())
+    results.set_name(work.__name__)
+    results.context.execution_no_progress_timeout_s = patience
     for row in results.iter_rows():
-        yield json.loads(row["result"])
+        yield row["number"], json.loads(row["result"])
 
 
 class _JsonWork:
-    def __init__(self, work: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    def __init__(self, work: Callable[[Unit], Unit]) -> None:
         self.work = work
         self.__name__ = getattr(work, "func", work).__name__
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        return {"result": json.dumps(self.work(json.loads(row["unit"])))}
+        return {"number": row["number"], "result": json.dumps(self.work(json.loads(row["unit"])))}
 
 
 def quiet_ray_data() -> None:
