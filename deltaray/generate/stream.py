@@ -8,13 +8,15 @@ error column that is null throughout one block, token lists that happen to be eq
 import math
 import pickle
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 from deltaray.generate.requests import Output, failed
 from deltaray.generate.units import Unit, responses_in
 from deltaray.runtime.guard import guard
+from deltaray.runtime.stream import persistent
 
 Packed = dict[str, bytes]
 
@@ -123,10 +125,19 @@ def stream_units(
     Streams may run at the same time in several threads; the cluster's CPUs must then exceed the sum of
     max_replicas * cpus over them by at least `TASK_CPUS`, or they wait for each other for ever.
     """
-    if not units:
-        return
-    few_swaps = sorted(units, key=lambda unit: unit["model"])
-    dataset = _dataset(few_swaps, spec, load, write, units_in_flight)
+    return persistent(units, partial(_stream, spec, load, write, units_in_flight))
+
+
+def _stream(
+    spec: Spec,
+    load: Callable[[Unit], Unit],
+    write: Callable[[Unit], Unit],
+    units_in_flight: int | None,
+    units: dict[int, Unit],
+    patience: float,
+) -> Generator[tuple[int, Unit], None, None]:
+    few_swaps = dict(sorted(units.items(), key=lambda item: item[1]["model"]))
+    dataset = _dataset(few_swaps, spec, load, write, units_in_flight, patience)
     batches = iter(dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0))
     try:
         for batch in batches:
@@ -136,17 +147,19 @@ def stream_units(
 
 
 def _dataset(
-    units: list[Unit],
+    numbered: dict[int, Unit],
     spec: Spec,
     load: Callable[[Unit], Unit],
     write: Callable[[Unit], Unit],
     units_in_flight: int | None,
+    patience: float,
 ) -> Any:
     """The lazy plan: one block, and so one task, per unit in each of the three operators."""
     import ray
 
-    dataset = ray.data.from_items([_pack(unit) for unit in units], override_num_blocks=len(units))
-    _configure(dataset.context)
+    units, packed = list(numbered.values()), [_pack(*item) for item in numbered.items()]
+    dataset = ray.data.from_items(packed, override_num_blocks=len(packed))
+    _configure(dataset.context, patience)
     replicas, in_flight = min(spec.max_replicas, len(units)), in_flight_of(units, spec, units_in_flight)
     # One loading and one writing task per engine keep up with it, and keep small machines small.
     tasks = {"num_cpus": TASK_CPUS, "compute": ray.data.TaskPoolStrategy(size=replicas)}
@@ -174,15 +187,13 @@ def _label(units: list[Unit]) -> str:
     return " ".join(["engine of", *names[:2], *(["..."] if len(names) > 2 else [])])
 
 
-def _configure(context: Any) -> None:
+def _configure(context: Any, patience: float) -> None:
     """Ray Data's settings of this one stream (the context is the Dataset's own copy)."""
     context.execution_options.preserve_order = False
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.max_errored_blocks = 0  # a failed unit fails the stream; what was written stays
-    # The default fails a stream that waits half an hour for GPUs: here a cluster may grow, or another teacher's
-    # pool may have to finish first.
-    context.execution_no_progress_timeout_s = -1
+    context.execution_no_progress_timeout_s = patience
 
 
 def _resources(spec: Spec) -> dict[str, Any]:
@@ -205,15 +216,16 @@ def in_flight_of(units: list[Unit], spec: Spec, demanded: int | None) -> int:
     return min(demanded or enough, math.ceil(len(units) / min(spec.max_replicas, len(units))))
 
 
-def _pack(unit: Unit) -> Packed:
-    return {"unit": pickle.dumps(unit)}
+def _pack(number: int, unit: Unit) -> Packed:
+    return {"unit": pickle.dumps((number, unit))}
 
 
 def _task(name: str, function: Callable[[Unit], Unit]) -> Callable[[Packed], Packed]:
     """The caller's function around one packed row; Ray Data names the operator by it."""
 
     def task(row: Packed) -> Packed:
-        return _pack(function(pickle.loads(row["unit"])))
+        number, unit = pickle.loads(row["unit"])
+        return _pack(number, function(unit))
 
     task.__name__ = name
     return task
@@ -227,14 +239,14 @@ class _PoolWorker:
         self.engine = spec.start()
 
     async def __call__(self, row: Packed) -> Packed:
-        unit = pickle.loads(row["unit"])
+        number, unit = pickle.loads(row["unit"])
         asked = [place for place, reason in enumerate(unit["refused"]) if reason is None]
         answers = iter(await self.engine.generate(_only(unit, asked)) if asked else [])
         outputs = [
             next(answers) if reason is None else [failed(f"prompt refused: {reason}") for _ in unit["samples"]]
             for reason in unit["refused"]
         ]
-        return _pack(unit | {"outputs": outputs})
+        return _pack(number, unit | {"outputs": outputs})
 
     def __del__(self) -> None:
         if hasattr(self, "engine"):  # not when the engine never started
