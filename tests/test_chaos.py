@@ -77,7 +77,9 @@ def test_a_frozen_replica_is_ended_and_another_repeats_its_units(tmp_path: Path)
 def test_a_command_outlives_its_listeners_and_ends_with_its_terminal(tmp_path: Path) -> None:
     """The pipe that it writes into is closed, as by `head`; SIGHUP is what a terminal sends when it is closed."""
     lab = Lab(tmp_path / "study", prompts=2000, behaviour=Behaviour(delay=0.2), settings=SMALL)
+    of_the_suite = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it would be ignored
     command = Command(lab, "generate", str(lab.write()), heard=False)
+    signal.signal(signal.SIGHUP, of_the_suite)
     while len(list((lab.out / "responses").rglob("*.parquet"))) < 10:  # more than one line of progress later
         assert command.runs
         time.sleep(0.1)
