@@ -146,7 +146,7 @@ def test_actors_that_ray_does_not_replace_by_itself_are_replaced(killed):
     before = (store.local / Store.student("whole")).rename(store.local / "before")
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     said, victims = [], ["ray::TrainController", "ray::Progress"]
-    room = int(ray.cluster_resources()["CPU"]) - 2  # the workers can be started again only where they were
+    room = ray.available_resources()["CPU"] - 2  # the workers can be started again only where they were
     taken = placement_group([{"CPU": room}])
     assert taken.wait(60)
 
