@@ -18,9 +18,10 @@ import fake_engine
 import pyarrow.parquet as pq
 import pytest
 import ray
-from chaos import Command, Lab, Reader, chaos, check_complete, generated_again, leftovers, prompt_id, published, rows_of
+from chaos import Command, chaos
 from crashing import CrashError, Crashing, crashes
 from fake_engine import Behaviour, FakeEngine, FakeSpec, answer_text, failure
+from lab import Lab, Reader, check_complete, generated_again, leftovers, prompt_id, published, rows_of
 from tiny_model import save_tiny
 
 import deltaray.generate.share

@@ -15,8 +15,9 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from chaos import FAKE, Lab, check_complete, generated_again, leftovers
+from chaos import FAKE
 from fake_engine import Behaviour
+from lab import Lab, check_complete, generated_again, leftovers
 from machine_cluster import PROGRAMS, MachineCluster, machine_cluster, title
 from machines import Machine, clocks, network, unavailable
 from tiny_model import save_tiny

@@ -22,8 +22,9 @@ from miniature_seeds import PACKAGES, hardware, installed
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
-from chaos import FAKE, REAL, Command, Key, Lab, Reader, chaos, generated_again, rows_of  # noqa: E402
+from chaos import FAKE, REAL, Command, chaos  # noqa: E402
 from fake_engine import Behaviour  # noqa: E402
+from lab import Key, Lab, Reader, generated_again, rows_of  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
 FAMILY = ROOT / "runs" / "miniature-family"

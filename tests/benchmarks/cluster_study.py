@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
-from chaos import FAKE, Lab, check_complete, leftovers, visible
+from chaos import FAKE
+from lab import Lab, check_complete, leftovers, visible
 from machine_cluster import MachineCluster, alive
 from pyarrow import fs
 from s3_server import Server
