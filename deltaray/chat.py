@@ -3,15 +3,12 @@
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError
 
-from deltaray.errors import UserError
-from deltaray.imports import quick_imports
+from deltaray.errors import first_line
 from deltaray.prompts.turns import short
-from deltaray.recipe.models import Model
 
 Message = dict[str, Any]
 """One turn: `role`, `content`, and where tools are used what else the chat template reads."""
@@ -21,42 +18,6 @@ Tools = Sequence[dict[str, Any]]
 
 class NotShownError(TemplateError):
     """The template leaves out what tools were asked or said."""
-
-
-def load_tokenizer(model: Model, key: str) -> Any:
-    """The tokenizer of a teacher or student, with its chat template.
-
-    Raises:
-        UserError: it cannot be loaded or has no chat template; `key` names the recipe's section.
-    """
-    with quick_imports():
-        from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            model.model, revision=model.revision, trust_remote_code=model.trust_remote_code
-        )
-    except (OSError, ValueError) as error:
-        raise UserError(f"{key}.model: no tokenizer in {model.model!r}: {_first_line(error)}") from None
-    if model.chat_template is not None:
-        tokenizer.chat_template = _read_template(model.chat_template, key)
-    if not tokenizer.chat_template:
-        raise UserError(
-            f"{key}.model: the tokenizer of {model.model!r} has no chat template; name a Jinja file in "
-            f"{key}.chat_template, or use the instruction-tuned model"
-        )
-    tokenizer.template_arguments = dict(model.chat_template_arguments)
-    return tokenizer
-
-
-def _read_template(path: str, key: str) -> str:
-    if not Path(path).is_file():
-        raise UserError(f"{key}.chat_template: there is no file {path!r}")
-    return Path(path).read_text(encoding="utf-8")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def prompt_ids(tokenizer: Any, messages: Sequence[Message], tools: Tools | None = None) -> list[int]:
@@ -89,7 +50,7 @@ def _ids_or_refusal(tokenizer: Any, messages: list[Message], tools: Tools | None
     except NotShownError as error:
         return [], str(error)
     except Exception as error:  # templates raise what they like
-        return [], f"the chat template refuses it: {_first_line(error)}"
+        return [], f"the chat template refuses it: {first_line(error)}"
 
 
 def _render(tokenizer: Any, messages: Any, tokenize: bool = True, **options: Any) -> Any:

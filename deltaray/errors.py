@@ -15,3 +15,8 @@ class StageError(Exception):
     """A stage failed while running: the message says what, where the log is, how to resume. Exit code 1."""
 
     exit_code = 1
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line; its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

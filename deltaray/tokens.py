@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 from jinja2 import TemplateError
 
-from deltaray.chat import conversation_ids, load_tokenizer
+from deltaray.chat import conversation_ids
 from deltaray.contracts import TOKENS
 from deltaray.prompts.shards import shard_name, shard_of
 from deltaray.prompts.turns import full_turns
@@ -20,6 +20,7 @@ from deltaray.recipe.models import Student
 from deltaray.recipe.study import Study
 from deltaray.runtime.stream import map_units
 from deltaray.store import Store
+from deltaray.tokenizer import load_tokenizer
 
 AT_ONCE = 2048
 """Responses that are Python objects at the same time."""

@@ -187,8 +187,8 @@ def test_rolling_log_likelihoods_are_those_of_transformers(models: dict[str, str
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
-    from deltaray.chat import load_tokenizer
     from deltaray.evaluate.harness_model import HarnessModel
+    from deltaray.tokenizer import load_tokenizer
 
     theirs = HFLM(models["student"], dtype="float32", device="cpu", batch_size=1, max_length=30)
     text = "".join(f"{number}+{number + 7}={2 * number + 7}\n" for number in range(100, 112))

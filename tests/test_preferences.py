@@ -144,10 +144,10 @@ def _check_training(store: Store, study: Any) -> None:
     """References of both sides, and the examples of a run that needs them."""
     from dataclasses import asdict
 
-    from deltaray.chat import load_tokenizer
     from deltaray.reference.blocks import missing_blocks
     from deltaray.reference.stage import references_needed
     from deltaray.reference.worker import ReferenceWorker
+    from deltaray.tokenizer import load_tokenizer
     from deltaray.train.examples import read_data
 
     student, run = study.students["student"], study.runs["delta"]

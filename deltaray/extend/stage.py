@@ -13,7 +13,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from deltaray.chat import load_tokenizer, prompts_ids
+from deltaray.chat import prompts_ids
 from deltaray.contracts import EXTENSIONS, PROMPTS
 from deltaray.extend.rules import drawn_kind, echoes, extended_row
 from deltaray.extend.talk import KIND, TalkSpec
@@ -29,6 +29,7 @@ from deltaray.recipe.models import Student
 from deltaray.recipe.study import Study
 from deltaray.runtime.session import Capacity
 from deltaray.store import Store
+from deltaray.tokenizer import load_tokenizer
 
 RECORD = ".deltaray/extensions/record.json"
 COUNTS = f"{Store.prompts}/extensions.json"

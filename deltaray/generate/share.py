@@ -7,7 +7,6 @@ import hashlib
 import json
 from functools import lru_cache
 
-from deltaray.chat import load_tokenizer
 from deltaray.generate.endpoint import EndpointSpec
 from deltaray.generate.pools import Pool
 from deltaray.generate.spec import COSMETIC, EngineSpec, lora_rank
@@ -15,6 +14,7 @@ from deltaray.generate.stream import Spec
 from deltaray.generate.units import Unit
 from deltaray.recipe.models import Model, Teacher
 from deltaray.runtime.session import Capacity
+from deltaray.tokenizer import load_tokenizer
 
 
 def shared_pools(work: list[tuple[Teacher, list[Unit]]], capacity: Capacity) -> list[Pool]:

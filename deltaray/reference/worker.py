@@ -8,12 +8,12 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from deltaray.chat import load_tokenizer
 from deltaray.contracts import REFERENCES, TOKENS
 from deltaray.recipe.models import Student
 from deltaray.recipe.training import Training
 from deltaray.reference.blocks import Block
 from deltaray.store import Store
+from deltaray.tokenizer import load_tokenizer
 from deltaray.train.examples import cut
 from deltaray.train.packing import Item, pack, pad
 from deltaray.train.passes import plan_passes

@@ -4,7 +4,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from deltaray.chat import load_tokenizer
 from deltaray.errors import UserError
 from deltaray.evaluate.check import check_answers, check_harness, check_search
 from deltaray.evaluate.harness import harness_definition
@@ -20,6 +19,7 @@ from deltaray.recipe.scorers import Judge, RewardModel, Scorer, scorer_part
 from deltaray.recipe.study import Study, base_name
 from deltaray.search.retrievers import search_identity
 from deltaray.store import Store
+from deltaray.tokenizer import load_tokenizer
 
 HUB_TIMEOUT = 20.0
 """Seconds."""

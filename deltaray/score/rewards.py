@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
-from deltaray.chat import Message, load_tokenizer
+from deltaray.chat import Message
 from deltaray.errors import UserError
 from deltaray.recipe.scorers import RewardModel
 from deltaray.runtime.guard import guarded
@@ -14,6 +14,7 @@ from deltaray.score.files import Asked, Key, Unit, read_slices, write_scores
 from deltaray.score.registry import section_of
 from deltaray.score.response import Score
 from deltaray.store import Store
+from deltaray.tokenizer import load_tokenizer
 
 
 def reward_files(store: Store, units: list[Unit], capacity: Capacity) -> Iterator[dict[str, Any]]:

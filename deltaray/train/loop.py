@@ -9,13 +9,13 @@ import ray
 import torch
 import torch.distributed as dist
 
-from deltaray.chat import load_tokenizer
 from deltaray.errors import StageError, UserError
 from deltaray.recipe.models import Student
 from deltaray.recipe.study import TrainingRun
 from deltaray.recipe.training import Training
 from deltaray.score.registry import SCORERS
 from deltaray.store import Store
+from deltaray.tokenizer import load_tokenizer
 from deltaray.train.checkpoint import Checkpoints
 from deltaray.train.engine import join_process_group, save_trained, stop_engine
 from deltaray.train.examples import Data, check_vocabulary, read_data

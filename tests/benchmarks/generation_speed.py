@@ -164,8 +164,9 @@ def ours(case: Case, folder: Path) -> list[Event]:
 
 def bare(case: Case, folder: Path) -> list[Event]:
     """vLLM's AsyncLLM and a coroutine per request."""
-    from deltaray.chat import load_tokenizer, prompts_ids
+    from deltaray.chat import prompts_ids
     from deltaray.generate.requests import sampling_parameters
+    from deltaray.tokenizer import load_tokenizer
 
     teacher, rows = teacher_of(case, folder), prompt_rows(case)
     token_ids, _ = prompts_ids(load_tokenizer(teacher, "model"), [row["messages"] for row in rows])

@@ -1,0 +1,158 @@
+"""A template's control tokens: which ends a turn, which frame turns, and texts in which they are not meant.
+
+Everything here is asked of the tokenizer once and kept on it, beside the template and the arguments that it holds for.
+"""
+
+import copy
+import json
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar
+
+from deltaray.errors import first_line
+
+R = TypeVar("R")
+
+TOLD, ASKED, ANSWERED, FURTHER = "Vor allem", "Zwei Wörter", "Drei kleine Wörter", "Noch eins"
+"""Texts that no template writes by itself: they tell what does come from the template."""
+
+
+def _kept(compute: Callable[[Any], R]) -> Callable[[Any], R]:
+    """Computed once per tokenizer object, and again once its template has changed."""
+    name = f"_kept_{compute.__name__}"
+
+    @wraps(compute)
+    def look_up(tokenizer: Any) -> R:
+        holds_for = (str(tokenizer.chat_template), json.dumps(_arguments(tokenizer), sort_keys=True, default=str))
+        kept = getattr(tokenizer, name, None)
+        if kept is None or kept[0] != holds_for:
+            kept = (holds_for, compute(tokenizer))
+            setattr(tokenizer, name, kept)
+        return kept[1]
+
+    return look_up
+
+
+def _arguments(tokenizer: Any) -> dict[str, Any]:
+    return getattr(tokenizer, "template_arguments", {})
+
+
+def _written(tokenizer: Any, *turns: tuple[str, str]) -> str:
+    """What the template makes of (role, content) turns, as text.
+
+    Raises:
+        ValueError: it refuses them.
+    """
+    messages = [{"role": role, "content": content} for role, content in turns]
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, **_arguments(tokenizer))
+    except Exception as error:  # templates raise what they like
+        raise ValueError(
+            f"the chat template refuses a conversation of {len(turns)} turns: {first_line(error)}"
+        ) from None
+    return str(text)
+
+
+@_kept
+def turn_end(tokenizer: Any) -> int:
+    """The id with which the template ends the last answer of a conversation; the tokenizer's end token if with none.
+
+    Raises:
+        ValueError: neither the template nor the tokenizer has one, or the template takes or shows no answer.
+    """
+    text = _written(tokenizer, ("user", ASKED), ("assistant", ANSWERED))
+    if ANSWERED not in text:
+        raise ValueError("the chat template does not write what an assistant says")
+    after = text.rpartition(ANSWERED)[2]
+    known = _added_tokens(tokenizer)
+    found = [known[token] for token in _tokens_in(after, known)]
+    if found:
+        return found[0]
+    if tokenizer.eos_token_id is None:
+        raise ValueError("neither the chat template nor the tokenizer has a token that ends an answer")
+    return int(tokenizer.eos_token_id)
+
+
+@_kept
+def control_tokens(tokenizer: Any) -> frozenset[str]:
+    """Tokens that stand for themselves only where the template writes them.
+
+    These are the tokenizer's special tokens, and those that the template writes around turns: in some tokenizers
+    (DeepSeek, Command R) they are not marked as special. Markers inside an answer, such as those of thoughts and of
+    tool calls, are none where they are not special: models write them as text.
+    """
+    special = {str(token) for token in tokenizer.all_special_tokens}
+    special |= {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    told = [_framing(tokenizer, *system) for system in ((), (("system", TOLD),))]
+    return frozenset(special.union(*told))
+
+
+def _framing(tokenizer: Any, *system: tuple[str, str]) -> set[str]:
+    """Tokens that the template writes around three turns; none if it refuses them."""
+    known = _added_tokens(tokenizer)
+    try:
+        text = _written(tokenizer, *system, ("user", ASKED), ("assistant", ANSWERED), ("user", FURTHER))
+    except ValueError:
+        return set()
+    before, _, rest = text.partition(ASKED)
+    opening, _, rest = rest.partition(ANSWERED)
+    opened = _tokens_in(opening, known)
+    within = {token for token in opened if _closed(token) in opened}
+    within |= {_closed(token) for token in within}
+    return {*_tokens_in(before, known), *opened, *_tokens_in(rest, known)} - within
+
+
+def _closed(token: str) -> str:
+    """The marker that closes this one: `</think>` of `<think>`."""
+    return f"{token[:1]}/{token[1:]}"
+
+
+def _added_tokens(tokenizer: Any) -> dict[str, int]:
+    """Ids by text of special and added tokens; those that are white space alone (Gemma has them) mark nothing."""
+    known = {token.content: int(number) for number, token in tokenizer.added_tokens_decoder.items()}
+    known |= dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+    return {text: number for text, number in known.items() if text.strip()}
+
+
+def _tokens_in(text: str, known: dict[str, int]) -> list[str]:
+    """The tokens of `known` that a text holds, from left to right, the longest at each place."""
+    there = sorted((token for token in known if token in text), key=len, reverse=True)
+    found, place = [], 0
+    while place < len(text):
+        token = next((token for token in there if text.startswith(token, place)), None)
+        found += [] if token is None else [token]
+        place += len(token) if token else 1
+    return found
+
+
+def plain_ids(tokenizer: Any, text: str) -> list[int]:
+    """The ids of a text by itself: nothing is added to it, and `control_tokens` in it are encoded as plain text."""
+    if not text:
+        return []
+    plain = _plain(tokenizer)
+    if plain is not None:
+        return list(plain.encode(text, add_special_tokens=False).ids)
+    if not any(token in text for token in control_tokens(tokenizer)):
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return list(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+
+
+@_kept
+def _plain(tokenizer: Any) -> Any:
+    """A copy of the tokenizer's backend that knows no control tokens; None where it has no backend.
+
+    A copy: the switch belongs to the backend, and other threads may be using that with the switch off.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return None
+    plain = copy.deepcopy(backend)
+    plain.no_truncation()
+    plain.no_padding()
+    control = control_tokens(tokenizer)
+    for token in plain.get_added_tokens_decoder().values():
+        if token.content in control and not token.special:
+            token.special = True
+            plain.add_special_tokens([token])
+    plain.encode_special_tokens = True
+    return plain
