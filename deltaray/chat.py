@@ -5,9 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 
-from jinja2 import TemplateError
-
-from deltaray.errors import first_line
+from deltaray.errors import first_line, is_of_row
 from deltaray.prompts.turns import short
 
 Message = dict[str, Any]
@@ -16,19 +14,57 @@ Tools = Sequence[dict[str, Any]]
 """Function schemas that a template is given beside the turns."""
 
 
-class NotShownError(TemplateError):
+class RefusedError(Exception):
+    """The template has no place for a prompt or a response."""
+
+
+class NotShownError(RefusedError):
     """The template leaves out what tools were asked or said."""
 
 
 def prompt_ids(tokenizer: Any, messages: Sequence[Message], tools: Tools | None = None) -> list[int]:
     """Ids of the prompt up to where the assistant starts to speak, special tokens as the template writes them.
 
+    Some templates want the arguments of tool calls as an object, others as its JSON: where the template raises on the
+    one, it is given the other.
+
     Raises:
         NotShownError: the template does not write a tool's name, a call or a tool's answer.
     """
+    try:
+        return _prompt_ids(tokenizer, messages, tools)
+    except NotShownError:
+        raise
+    except Exception:
+        other = [_with_other_arguments(turn) for turn in messages]
+        if other == list(messages):
+            raise
+        return _prompt_ids(tokenizer, other, tools)
+
+
+def _prompt_ids(tokenizer: Any, messages: Sequence[Message], tools: Tools | None) -> list[int]:
     if told := list(_told_by_tools(messages, tools)):
         _refuse_unshown(tokenizer, messages, tools, told)
     return list(_render(tokenizer, list(messages), add_generation_prompt=True, **_given(tools)))
+
+
+def _with_other_arguments(turn: Message) -> Message:
+    """A turn whose calls have objects as arguments in place of JSON texts, or JSON texts in place of objects."""
+    if not turn.get("tool_calls"):
+        return turn
+    return turn | {"tool_calls": [_with_other_form(call) for call in turn["tool_calls"]]}
+
+
+def _with_other_form(call: dict[str, Any]) -> dict[str, Any]:
+    if isinstance(call.get("function"), dict):
+        return call | {"function": _with_other_form(call["function"])}
+    arguments = call.get("arguments")
+    if isinstance(arguments, dict):
+        return call | {"arguments": json.dumps(arguments, ensure_ascii=False)}
+    with suppress(ValueError, TypeError, RecursionError):
+        if isinstance(parsed := json.loads(arguments or ""), dict):
+            return call | {"arguments": parsed}
+    return call
 
 
 def prompts_ids(
@@ -47,10 +83,24 @@ def prompts_ids(
 def _ids_or_refusal(tokenizer: Any, messages: list[Message], tools: Tools | None) -> tuple[list[int], str | None]:
     try:
         return prompt_ids(tokenizer, messages, tools), None
-    except NotShownError as error:
-        return [], str(error)
-    except Exception as error:  # templates raise what they like
-        return [], f"the chat template refuses it: {first_line(error)}"
+    except BaseException as error:
+        return [], refusal_of(error)
+
+
+def refusal_of(error: BaseException) -> str:
+    """Why a template or a tokenizer refuses a row; templates raise what they like.
+
+    Raises:
+        BaseException: the error itself, where it has nothing to do with the row (an interrupt, say).
+    """
+    if not is_of_row(error):
+        raise error
+    return str(error) if isinstance(error, RefusedError) else f"the chat template refuses it: {first_line(error)}"
+
+
+def render_text(tokenizer: Any, messages: Sequence[Message], **options: Any) -> str:
+    """What the template makes of a conversation, before it becomes ids."""
+    return str(_render(tokenizer, list(messages), tokenize=False, **options))
 
 
 def _render(tokenizer: Any, messages: Any, tokenize: bool = True, **options: Any) -> Any:
@@ -104,30 +154,3 @@ def _strings_in(value: Any) -> Iterator[str]:
     elif isinstance(value, dict | list):
         for item in value.values() if isinstance(value, dict) else value:
             yield from _strings_in(item)
-
-
-# --- with responses ---------------------------------------------------------------------------------------------
-def conversation_ids(
-    tokenizer: Any, messages: Sequence[Message], responses: Sequence[str], tools: Tools | None = None
-) -> tuple[list[int], list[list[int]]]:
-    """(prompt ids, ids of each response to it); a response ends with its end token and nothing after it.
-
-    Raises:
-        ValueError: the template renders the prompt differently once an answer follows, so that training would see
-            other tokens than generation did.
-        NotShownError: as `prompt_ids`.
-    """
-    prompt = prompt_ids(tokenizer, messages, tools)
-    answers = ({"role": "assistant", "content": text} for text in responses)
-    full = [list(_render(tokenizer, [*messages, answer], **_given(tools))) for answer in answers]
-    if any(ids[: len(prompt)] != prompt for ids in full):
-        raise ValueError("the chat template's prompt is no prefix of prompt and response")
-    return prompt, [end_at_eos(ids[len(prompt) :], tokenizer.eos_token_id) for ids in full]
-
-
-def end_at_eos(ids: list[int], eos: int) -> list[int]:
-    """Cuts what a template writes after the last end token (a line break, say); adds one where there is none."""
-    for position in range(len(ids) - 1, -1, -1):
-        if ids[position] == eos:
-            return ids[: position + 1]
-    return [*ids, eos]

@@ -67,7 +67,7 @@ TOKENS = pa.schema(
     [
         pa.field("prompt_token_ids", pa.list_(pa.int32())),  # of a response, in a student's tokens; empty if it failed
         pa.field("token_ids", pa.list_(pa.int32())),  # end token included
-        pa.field("refused", pa.bool_()),  # by the student's template
+        pa.field("refusal", pa.string()),  # why the student's template has no place for it, else null
     ]
 )
 
@@ -97,6 +97,8 @@ PAIRS = pa.schema(
         pa.field("answer", pa.string()),
         pa.field("chosen_sample", pa.int32(), nullable=False),  # with the model: the key of its response
         pa.field("rejected_sample", pa.int32(), nullable=False),
+        pa.field("chosen_reasoning", pa.string()),  # thoughts that are kept apart from `chosen`
+        pa.field("rejected_reasoning", pa.string()),
         pa.field("prompt_token_ids", pa.list_(pa.int32()), nullable=False),  # the student's, before any cut
         pa.field("chosen_token_ids", pa.list_(pa.int32()), nullable=False),  # chosen_tokens of them
         pa.field("rejected_token_ids", pa.list_(pa.int32()), nullable=False),

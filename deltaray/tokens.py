@@ -1,27 +1,29 @@
 """Every response in a student's tokens, once: for all pairings that use it and for the reference pass.
 
 A file of tokens has the rows of its file of responses, in the same order. Its name holds the size and time of that
-file: responses that changed under their name are tokenised anew.
+file and the rule by which text becomes ids: what changed is tokenised again.
 """
 
 import hashlib
-import json
 from functools import lru_cache, partial
 from typing import Any
 
 import pyarrow as pa
-from jinja2 import TemplateError
 
-from deltaray.chat import conversation_ids
+from deltaray.chat import prompt_ids, refusal_of
 from deltaray.contracts import TOKENS
+from deltaray.errors import UserError
 from deltaray.prompts.shards import shard_name, shard_of
 from deltaray.prompts.turns import full_turns
-from deltaray.recipe.models import Student
+from deltaray.recipe.models import Model, Student, Teacher
 from deltaray.recipe.study import Study
+from deltaray.response_tokens import Written, response_ids
 from deltaray.runtime.stream import map_units
 from deltaray.store import Store
 from deltaray.tokenizer import load_tokenizer
 
+RULE = 2
+"""Of `response_tokens`; to be raised when the same texts become other ids."""
 AT_ONCE = 2048
 """Responses that are Python objects at the same time."""
 
@@ -34,7 +36,7 @@ def token_files(store: Store, student: str, teacher: str) -> dict[str, str]:
     folder = Store.tokens(student, teacher)
     found = {}
     for path, info in store.listing(Store.responses(teacher)).items():
-        digest = hashlib.sha256(f"{info.size} {info.mtime_ns}".encode()).hexdigest()[:8]
+        digest = hashlib.sha256(f"{RULE} {info.size} {info.mtime_ns}".encode()).hexdigest()[:8]
         found[path] = f"{folder}/{shard_name(path)}-{digest}.parquet"
     return found
 
@@ -68,51 +70,76 @@ def missing_tokens(study: Study, store: Store, sides: list[Side]) -> list[dict[s
     units = []
     for student, teacher in sides:
         there = set(store.committed(Store.tokens(student, teacher)))
-        spec = study.students[student].model_dump(mode="json")
+        spec, writer = study.students[student].model_dump_json(), _model_json(study.teachers.get(teacher))
         units += [
-            {"responses": path, "student": spec, "destination": tokens}
+            {"responses": path, "student": spec, "teacher": writer, "destination": tokens}
             for path, tokens in token_files(store, student, teacher).items()
             if tokens not in there
         ]
     return units
 
 
+def _model_json(teacher: Teacher | None) -> str | None:
+    """The model whose tokenizer the stored ids of a teacher belong to; None where there are none."""
+    if teacher is None or teacher.endpoint is not None:
+        return None
+    return teacher.model_dump_json(include=set(Model.model_fields))
+
+
 def tokenize_file(store: Store, unit: dict[str, Any]) -> dict[str, Any]:
     """Commits the tokens of one file of responses, and removes those of an earlier file of its name."""
-    student = Student(**unit["student"])
-    table = store.read_table(unit["responses"], ["prompt_id", "text", "error"])
-    columns = ["prompt_id", "messages", "conversation"]
-    prompts = store.read_table(f"{Store.prompts}/{shard_of(unit['responses'])}.parquet", columns)
-    ids, *asked = (prompts[name] for name in columns)
+    prompts = store.read_table(
+        f"{Store.prompts}/{shard_of(unit['responses'])}.parquet", ["prompt_id", "messages", "conversation"]
+    )
+    ids, *asked = (prompts[name] for name in prompts.column_names)
     chats = dict(zip(ids.to_pylist(), zip(*asked, strict=True), strict=True))  # still Arrow's values
+    shared = _shared_tokenizer(unit["student"], unit["teacher"])
+    table = store.read_table(unit["responses"], ["prompt_id", "error", *(OWN if shared else TEXTS)])
     tables = [TOKENS.empty_table()]
     for start in range(0, len(table), AT_ONCE):
         rows = table.slice(start, AT_ONCE).to_pylist()
-        tokens = [_tokens(student, chats[row["prompt_id"]], row) for row in rows]
+        tokens = [_tokens(_tokenizer(unit["student"]), chats[row["prompt_id"]], row) for row in rows]
         tables.append(pa.Table.from_pylist(tokens, schema=TOKENS))
     store.write_table(unit["destination"], pa.concat_tables(tables), TOKENS)
     folder, _, own = unit["destination"].rpartition("/")
     stem = f"{shard_name(unit['responses'])}-"
     names = {path: path.rpartition("/")[2] for path in store.committed(folder)}
-    digits = len(own) - len(stem)
-    store.delete(
-        path for path, it in names.items() if it != own and it.startswith(stem) and len(it) == len(stem) + digits
-    )
+    store.delete(path for path, it in names.items() if it.startswith(stem) and len(it) == len(own) and it != own)
     return {}
+
+
+TEXTS = ("text", "reasoning")
+OWN = (*TEXTS, "prompt_token_ids", "token_ids")
+"""Columns of a response that its tokens are made from, without and with the teacher's own."""
 
 
 @lru_cache(maxsize=8)
 def _tokenizer(student: str) -> Any:
-    return load_tokenizer(Student(**json.loads(student)), "student")
+    return load_tokenizer(Student.model_validate_json(student), "student")
 
 
-def _tokens(student: Student, chat: tuple[Any, Any], row: dict[str, Any]) -> dict[str, Any]:
+@lru_cache(maxsize=64)
+def _shared_tokenizer(student: str, teacher: str | None) -> bool:
+    """Whether the ids that a teacher wrote mean the same to the student."""
+    if teacher is None:
+        return False
+    try:
+        other = load_tokenizer(Model.model_validate_json(teacher), "teacher")
+    except UserError:
+        return False
+    own, theirs = (getattr(it, "backend_tokenizer", None) for it in (_tokenizer(student), other))
+    return own is not None and theirs is not None and own.to_str() == theirs.to_str()
+
+
+def _tokens(tokenizer: Any, chat: tuple[Any, Any], row: dict[str, Any]) -> dict[str, Any]:
     """A row of `TOKENS`; a failed response has none. `chat`: the prompt's `messages` and `conversation`."""
     if row["error"] is not None:
-        return {"prompt_token_ids": [], "token_ids": [], "refused": False}
+        return {"prompt_token_ids": [], "token_ids": [], "refusal": None}
+    written = Written(row["text"], row["reasoning"], row.get("token_ids", ()), row.get("prompt_token_ids", ()))
     try:
         turns, tools = full_turns(*(column.as_py() for column in chat))
-        prompt, (ids,) = conversation_ids(_tokenizer(student.model_dump_json()), turns, [row["text"]], tools)
-    except TemplateError:
-        return {"prompt_token_ids": [], "token_ids": [], "refused": True}
-    return {"prompt_token_ids": prompt, "token_ids": ids, "refused": False}
+        prompt = prompt_ids(tokenizer, turns, tools)
+        ids = response_ids(tokenizer, prompt, written)
+    except BaseException as error:
+        return {"prompt_token_ids": [], "token_ids": [], "refusal": refusal_of(error)}
+    return {"prompt_token_ids": prompt, "token_ids": ids, "refusal": None}

@@ -61,6 +61,7 @@ def candidates(
     offers: pa.Table,
     picks: pa.Table,
     texts: pa.Table,
+    max_length: int,
     references: Sequence[str] = (),
     at_once: int = 2048,
 ) -> Iterator[list[dict[str, Any]]]:
@@ -70,11 +71,13 @@ def candidates(
 
     Args:
         prompts: rows of `contracts.PROMPTS`.
-        texts: `row` (of the offers), `text` and `contracts.TOKENS` of every picked response.
+        texts: `row` (of the offers), `text`, `reasoning` and `contracts.TOKENS` of every picked response.
+        max_length: the student's, to which both sides will be cut.
         references: the scorers whose `score:<reference>` columns go to `scores`.
     Returns:
         the short columns of `contracts.PAIRS`, the two texts, `pick` (the place among the picks), `finish` and `error`
-        of both sides, `scores`, `prompt_tokens` and `refused`.
+        of both sides, `scores`, `prompt_tokens`, `refusal` and `same_tokens` (whether training would see the same ids
+        on both sides).
     """
     for start in range(0, len(picks), at_once):
         part = picks.slice(start, at_once)
@@ -82,17 +85,32 @@ def candidates(
         sides = [_side(offers, texts, part[name]) for name in ("chosen", "rejected")]
         places = range(start, start + len(part))
         rows = zip(places, asked, sides[0], sides[1], strict=True)
-        yield [_candidate(*row, references) for row in rows]
+        found = [_candidate(*row, references) for row in rows]
+        for pair, chosen, rejected in zip(found, *sides, strict=True):
+            one, other = (texts["token_ids"][side["text_row"]] for side in (chosen, rejected))
+            pair["same_tokens"] = _same_tokens(one, other, max_length - pair["prompt_tokens"])
+        yield found
 
 
 def _side(offers: pa.Table, texts: pa.Table, rows: pa.ChunkedArray) -> list[dict[str, Any]]:
     places = _places_of(rows, texts)
-    side = offers.take(rows)
-    for name in ("text", "refused"):
+    side = offers.take(rows).append_column("text_row", places)
+    for name in ("text", "reasoning", "refusal"):
         side = side.append_column(name, texts[name].take(places))
     for name in ("prompt_token_ids", "token_ids"):
         side = side.append_column(name, pc.list_value_length(texts[name]).take(places))
     return list(side.to_pylist())
+
+
+def _same_tokens(chosen: pa.ListScalar, rejected: pa.ListScalar, room: int) -> bool:
+    """Whether two responses are the same ids once both are cut to what fits; see `examples.cut`."""
+    sides = [side.values for side in (chosen, rejected)]
+    lengths = [min(len(side), room) for side in sides]
+    if lengths[0] != lengths[1] or room < 1:
+        return False
+    is_cut = any(len(side) > room for side in sides)  # then the last token is made the end token, on that side
+    compared = lengths[0] - is_cut
+    return bool(sides[0][:compared].equals(sides[1][:compared]))
 
 
 def _places_of(rows: pa.ChunkedArray, texts: pa.Table) -> pa.ChunkedArray:
@@ -110,9 +128,11 @@ def _candidate(
         "prompt_tokens": chosen["prompt_token_ids"],
         "chosen": _turn(chosen["text"]),
         "rejected": _turn(rejected["text"]),
+        "chosen_reasoning": chosen["reasoning"],
+        "rejected_reasoning": rejected["reasoning"],
         "chosen_tokens": chosen["token_ids"],
         "rejected_tokens": rejected["token_ids"],
-        "refused": chosen["refused"] or rejected["refused"],
+        "refusal": chosen["refusal"] or rejected["refusal"],
         "chosen_model": chosen["teacher"],
         "rejected_model": rejected["teacher"],
         "chosen_score": scores[0],
@@ -155,6 +175,7 @@ def _side_columns(side: str, offers: pa.Table, texts: pa.Table) -> dict[str, Any
     """One side's columns; the prompt's ids are the same on both."""
     return {
         side: _turns(texts["text"]),
+        f"{side}_reasoning": texts["reasoning"],
         f"{side}_model": offers["teacher"],
         f"{side}_sample": offers["sample"],
         f"{side}_score": offers["score"],

@@ -10,6 +10,7 @@ from functools import partial
 
 from deltaray.pair.filters import Candidate, Rule, text_filter, token_filter
 from deltaray.recipe.deltas import Pairing
+from deltaray.response_tokens import THOUGHTS
 
 FAILURES = ("prompt refused", "engine error", "empty answer")
 """Kinds of failed responses, as their `error` begins."""
@@ -30,8 +31,9 @@ def text_rules(pairing: Pairing, dropped: Mapping[int, Collection[str]]) -> list
     optional: list[tuple[str, Rule, bool]] = [
         ("of another source", lambda pair: _is_of(pairing.sources or [], pair["source"]), pairing.sources is not None),
         *((kind, partial(_did_not_fail, kind), True) for kind in FAILURES),
+        ("another failure", partial(_did_not_fail, ""), True),
         ("truncated", lambda pair: "length" not in _finishes(pair), pairing.drop_truncated),
-        ("identical", lambda pair: _plain(pair["chosen"]) != _plain(pair["rejected"]), pairing.drop_identical),
+        ("identical", lambda pair: _plain(pair, "chosen") != _plain(pair, "rejected"), pairing.drop_identical),
         ("chosen not wrong", lambda pair: pair["chosen_score"] == 0, pairing.keep == "chosen_wrong"),
         ("chosen not right", lambda pair: pair["chosen_score"] == 1, pairing.keep == "chosen_right"),
         ("not tied", lambda pair: pair["delta"] == 0, pairing.keep == "tied"),
@@ -53,9 +55,12 @@ def token_rules(pairing: Pairing, max_length: int) -> list[Named]:
         max_length: the student's; a prompt of max_length - 2 tokens or more leaves no room for a response.
     """
     found: list[Named] = [
-        ("refused by the student's template", lambda pair: not pair["refused"]),
+        ("thoughts where the student must not think", lambda pair: pair["refusal"] != THOUGHTS),
+        ("refused by the student's template", lambda pair: not pair["refusal"]),
         ("prompt too long for the student", lambda pair: pair["prompt_tokens"] < max_length - 2),
     ]
+    if pairing.drop_identical:
+        found.append(("identical in the student's tokens", lambda pair: not pair["same_tokens"]))
     if pairing.max_length_gap is not None:
         most = pairing.max_length_gap
         found.append(("length gap", lambda pair: abs(pair["chosen_tokens"] - pair["rejected_tokens"]) <= most))
@@ -85,7 +90,8 @@ def _is_of(patterns: Sequence[str], source: str | None) -> bool:
 
 
 def _did_not_fail(kind: str, pair: Candidate) -> bool:
-    return not any((pair[side] or "").startswith(kind) for side in ("chosen_error", "rejected_error"))
+    errors = (pair[side] for side in ("chosen_error", "rejected_error"))
+    return not any(error is not None and error.startswith(kind) for error in errors)
 
 
 def _wants_positive(pairing: Pairing) -> bool:
@@ -93,8 +99,9 @@ def _wants_positive(pairing: Pairing) -> bool:
     return pairing.policy != "by_sample" and not asked
 
 
-def _plain(turns: list[dict[str, str]]) -> str:
-    return " ".join(unicodedata.normalize("NFC", turns[0]["content"]).split())
+def _plain(pair: Candidate, side: str) -> tuple[str, ...]:
+    texts = pair[f"{side}_reasoning"] or "", pair[side][0]["content"]
+    return tuple(" ".join(unicodedata.normalize("NFC", text).split()) for text in texts)
 
 
 def _has(value: object) -> bool:

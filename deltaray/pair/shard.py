@@ -42,7 +42,7 @@ def pair_shard(store: Store, unit: Unit) -> dict[str, Any]:
     dropped = {int(place): set(ids) for place, ids in unit["dropped"].items()}
     filters = rules(pairing, unit["max_length"], dropped) + draw_rules(unit["chosen"])
     left, found = _Left(pairing, (prompts, offers, picks, texts)), [apply_rules([], filters)[1]]
-    for part in candidates(prompts, offers, picks, texts, pairing.scorers, AT_ONCE):
+    for part in candidates(prompts, offers, picks, texts, unit["max_length"], pairing.scorers, AT_ONCE):
         kept, funnel = apply_rules(part, filters, left.removed)
         found.append(funnel)
         left.add(kept, unit["write"])
@@ -91,15 +91,17 @@ def _picks(pairing: Pairing, prompts: pa.Table, offers: pa.Table) -> pa.Table:
 
 
 def _texts(store: Store, tokens: dict[str, list[str]], offers: pa.Table, picks: pa.Table, shard: str) -> pa.Table:
-    """`row`, `text` and `TOKENS` of the picked responses; one teacher's column is in memory at a time."""
+    """`row`, `text`, `reasoning` and `TOKENS` of the picked responses; one teacher's column is in memory at a time."""
     rows = pc.unique(pa.chunked_array([*picks["chosen"].chunks, *picks["rejected"].chunks], pa.int64()))
     wanted = offers.select(["teacher", "at"]).take(rows).append_column("row", rows)
-    tables = [pa.schema([("row", pa.int64()), ("text", pa.string()), *TOKENS]).empty_table()]
+    tables = [
+        pa.schema([("row", pa.int64()), ("text", pa.string()), ("reasoning", pa.string()), *TOKENS]).empty_table()
+    ]
     for teacher, files in tokens.items():
         mine = wanted.filter(pc.field("teacher") == teacher)
         columns = {"row": mine["row"]}
-        texts = store.read_tables(Store.responses(teacher), RESPONSES, ["text"], prefix=f"{shard}-")
-        columns["text"] = texts["text"].take(mine["at"])
+        found = store.read_tables(Store.responses(teacher), RESPONSES, [name for name, _ in texts], prefix=f"{shard}-")
+        columns |= {name: found[name].take(mine["at"]) for name in found.column_names}
         for name in TOKENS.names:
             column = pa.concat_tables(
                 [TOKENS.empty_table().select([name]), *(store.read_table(it, [name]) for it in files)]

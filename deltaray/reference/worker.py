@@ -13,7 +13,7 @@ from deltaray.recipe.models import Student
 from deltaray.recipe.training import Training
 from deltaray.reference.blocks import Block
 from deltaray.store import Store
-from deltaray.tokenizer import load_tokenizer
+from deltaray.tokenizer import load_tokenizer, turn_end
 from deltaray.train.examples import cut
 from deltaray.train.packing import Item, pack, pad
 from deltaray.train.passes import plan_passes
@@ -28,7 +28,7 @@ class ReferenceWorker:
     def __init__(self, store: Store, name: str, student: Student, training: Training) -> None:
         self.store, self.name, self.max_length = store, name, student.max_length
         self.budget = training.tokens_per_pass
-        self.tokenizer = load_tokenizer(student, "student")
+        self.end_id = turn_end(load_tokenizer(student, "student"))[-1]
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.module = load_module(student, training.dtype).eval().to(self.device)
 
@@ -67,12 +67,12 @@ class ReferenceWorker:
     def _item(self, rows: list[Row]) -> Item:
         """Responses to one prompt, cut as training cuts them."""
         prompt = np.array(rows[0]["prompt_token_ids"], np.int32)
-        room, end = self.max_length - len(prompt), self.tokenizer.eos_token_id
+        room, end = self.max_length - len(prompt), self.end_id
         return prompt, [cut(np.array(row["token_ids"], np.int32), room, end) for row in rows]
 
     @torch.no_grad()
     def _log_probs(self, items: list[Item]) -> list[tuple[float, int]]:
         """(sum in nats, tokens) of every response, in the order of the items."""
-        inputs = pack(items) if is_packed(self.module) else pad(items, self.tokenizer.eos_token_id)
+        inputs = pack(items) if is_packed(self.module) else pad(items, self.end_id)
         inputs = inputs.to(self.device)
         return list(zip(self.module(**inputs.arguments()).tolist(), inputs.lengths.tolist(), strict=True))

@@ -54,8 +54,10 @@ def _written(tokenizer: Any, *turns: tuple[str, str]) -> str:
 
 
 @_kept
-def turn_end(tokenizer: Any) -> int:
-    """The id with which the template ends the last answer of a conversation; the tokenizer's end token if with none.
+def turn_end(tokenizer: Any) -> tuple[int, ...]:
+    """The ids with which the template ends the last answer of a conversation; the tokenizer's end token if with none.
+
+    Mostly one. Several where they follow each other directly (Command R7B ends the response, then the turn).
 
     Raises:
         ValueError: neither the template nor the tokenizer has one, or the template takes or shows no answer.
@@ -63,14 +65,13 @@ def turn_end(tokenizer: Any) -> int:
     text = _written(tokenizer, ("user", ASKED), ("assistant", ANSWERED))
     if ANSWERED not in text:
         raise ValueError("the chat template does not write what an assistant says")
-    after = text.rpartition(ANSWERED)[2]
-    known = _added_tokens(tokenizer)
-    found = [known[token] for token in _tokens_in(after, known)]
-    if found:
-        return found[0]
-    if tokenizer.eos_token_id is None:
+    rest, known, found = text.rpartition(ANSWERED)[2].lstrip(), _added_tokens(tokenizer), list[int]()
+    while token := max((token for token in known if rest.startswith(token)), key=len, default=""):
+        found.append(known[token])
+        rest = rest[len(token) :]
+    if not found and tokenizer.eos_token_id is None:
         raise ValueError("neither the chat template nor the tokenizer has a token that ends an answer")
-    return int(tokenizer.eos_token_id)
+    return tuple(found) or (int(tokenizer.eos_token_id),)
 
 
 @_kept

@@ -15,7 +15,7 @@ from deltaray.recipe.study import TrainingRun
 from deltaray.recipe.training import Training
 from deltaray.score.registry import SCORERS
 from deltaray.store import Store
-from deltaray.tokenizer import load_tokenizer
+from deltaray.tokenizer import load_tokenizer, turn_end
 from deltaray.train.checkpoint import Checkpoints
 from deltaray.train.engine import join_process_group, save_trained, stop_engine
 from deltaray.train.examples import Data, check_vocabulary, read_data
@@ -97,7 +97,7 @@ def _read(job: Job, run: TrainingRun) -> tuple[Any, Data | None, Exception | Non
     refusal: Exception | None = None
     try:
         tokenizer = load_tokenizer(student, "student")
-        data = read_data(job.store, run, student, tokenizer.eos_token_id, job.training.heldout)
+        data = read_data(job.store, run, student, turn_end(tokenizer)[-1], job.training.heldout)
         if not len(data.train):
             refusal = StageError(
                 f"{run.name}: no pairs to train on in {', '.join(run.pairings)}: {_what_became(data.counts)}"
@@ -170,7 +170,7 @@ class _Session:
     def _pad_id(self) -> int:
         """Padding is masked everywhere, so any id will do where a tokenizer names none."""
         known = self.tokenizer.pad_token_id
-        return int(known if known is not None else self.tokenizer.eos_token_id)
+        return int(known if known is not None else turn_end(self.tokenizer)[-1])
 
     def _vocabulary(self) -> int:
         return int(self.trainer.engine.module.model.config.get_text_config().vocab_size)
