@@ -1,4 +1,4 @@
-"""What a chat template writes around an answer, behind its generation prompt. Found by rendering one short conversation."""
+"""What a chat template writes around an answer, behind its generation prompt, as a short conversation shows it."""
 
 import re
 from collections.abc import Mapping
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from deltaray.chat import render_text
-from deltaray.tokenizer import plain_ids, turn_end
+from deltaray.tokenizer import kept_with_template, plain_ids, turn_end
 
 QUESTION, ANSWER, THOUGHTS = "xquestionx", "xanswerx", "xthoughtsx"
 """Words that no template changes or looks for."""
@@ -49,19 +49,13 @@ class Frame:
         return (f"<{found[1][1:]}>", f"<{found[1]}>") if found else None
 
 
+@kept_with_template
 def frame_of(tokenizer: Any) -> Frame:
     """The frame of a tokenizer with its template and the template's arguments; worked out once.
 
     Raises:
         ValueError: the template shows no answer, or nothing ends it.
     """
-    frame: Frame | None = getattr(tokenizer, "answer_frame", None)
-    if frame is None:
-        frame = tokenizer.answer_frame = _find_frame(tokenizer)
-    return frame
-
-
-def _find_frame(tokenizer: Any) -> Frame:
     prompt = render_text(tokenizer, [_turn("user", QUESTION)], add_generation_prompt=True)
     before, _ = _around(_answered(tokenizer), ANSWER)
     if before is None:

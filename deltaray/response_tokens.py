@@ -98,8 +98,8 @@ def _template_ids(tokenizer: Any, text: str) -> list[int]:
 
 
 def _alone(frame: Frame, text: str) -> str:
-    """The text for a tokenizer that puts a space before every text: one that is there already would be doubled."""
-    return text.removeprefix(" ") if frame.adds_space else text
+    """The text for a tokenizer that puts a space before every text: the one that engines decode is not doubled."""
+    return text[1:] if frame.adds_space and text[:1] == " " and not text[1:2].isspace() else text
 
 
 # --- the teacher's own ids ----------------------------------------------------------------------------------------

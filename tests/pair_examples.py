@@ -7,7 +7,8 @@ import pyarrow as pa
 import torch
 from tiny_model import make_tokenizer
 
-from deltaray.chat import conversation_ids
+from deltaray.chat import prompt_ids
+from deltaray.response_tokens import Written, response_ids
 from deltaray.train.examples import Examples, Ragged
 from deltaray.train.formulas import LossSettings
 from deltaray.train.forward import Cutter, sides_of
@@ -21,7 +22,10 @@ TEXTS = [("1+1=", "2", "three"), ("12+34=", "46 i think", "4"), ("9+9=", "eighte
 def examples(texts=TEXTS, max_length=64) -> Examples:
     """Pairs as `read_data` would have them, references zero."""
     tokenizer = make_tokenizer()
-    ids = [conversation_ids(tokenizer, [{"role": "user", "content": text[0]}], text[1:]) for text in texts]
+    ids = []
+    for question, *answers in texts:
+        prompt = prompt_ids(tokenizer, [{"role": "user", "content": question}])
+        ids.append((prompt, [response_ids(tokenizer, prompt, Written(answer)) for answer in answers]))
     return examples_of([prompt for prompt, _ in ids], *zip(*(sides for _, sides in ids), strict=True), max_length)
 
 

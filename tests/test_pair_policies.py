@@ -131,7 +131,7 @@ def test_of_each_reason_only_some_bring_their_texts_along(planted: tuple[Store, 
     store, _ = planted
     [path, *_] = store.committed(Store.prompts)
     prompts = store.read_table(path)
-    texts = pa.table({"row": [0, 1], "text": ["a", "b"], "refused": [False] * 2})
+    texts = pa.table({"row": [0, 1], "text": ["a", "b"], "refusal": [None, "it cannot"], "reasoning": [None] * 2})
     for name in ("prompt_token_ids", "token_ids"):
         texts = texts.append_column(name, pa.array([[1], [2]], pa.list_(pa.int32())))
     offers = pa.table({"teacher": ["x", "y"], "sample": pa.array([0, 0], pa.int32()), "score": [1.0, None]})

@@ -10,6 +10,7 @@ from deltaray.pair.funnel import merge_funnels, stage
 from deltaray.pair.join import candidates, pick_by_sample
 from deltaray.pair.rules import draw_key, rules
 from deltaray.recipe.deltas import Pairing
+from deltaray.response_tokens import THOUGHTS
 
 
 def prompts(ids: str) -> pa.Table:
@@ -50,10 +51,11 @@ def join(asked: pa.Table, chosen: pa.Table, rejected: pa.Table) -> list[list[dic
     offers = pa.concat_tables([chosen, rejected])
     texts = pa.table({"row": pa.array(range(len(offers)), pa.int64()), "text": offers["text"]})
     ids = pa.array([[1]] * len(offers), pa.list_(pa.int32()))
-    for name, column in {"prompt_token_ids": ids, "token_ids": ids, "refused": pa.array([False] * len(offers))}.items():
+    none = pa.nulls(len(offers), pa.string())
+    for name, column in {"prompt_token_ids": ids, "token_ids": ids, "refusal": none, "reasoning": none}.items():
         texts = texts.append_column(name, column)
     picks = pick_by_sample(asked, offers, *(table["teacher"][0].as_py() for table in (chosen, rejected)))
-    return list(candidates(asked, offers.drop_columns(["text"]), picks, texts))
+    return list(candidates(asked, offers.drop_columns(["text"]), picks, texts, 100))
 
 
 def candidate(**changes: Any) -> dict[str, Any]:
@@ -61,7 +63,8 @@ def candidate(**changes: Any) -> dict[str, Any]:
         "prompt_id": "a", "chosen_sample": 0, "chosen": [{"content": "x"}], "rejected": [{"content": "y"}],
         "chosen_score": 1.0, "rejected_score": 0.0, "delta": 1.0, "chosen_finish": "stop", "rejected_finish": "stop",
         "chosen_tokens": 5, "rejected_tokens": 9, "prompt_tokens": 10, "chosen_error": None, "rejected_error": None,
-        "refused": False, "source": None, "scores": {},
+        "refusal": None, "source": None, "scores": {}, "chosen_reasoning": None, "rejected_reasoning": None,
+        "same_tokens": False,
     }  # fmt: skip
     return base | changes
 
@@ -110,7 +113,10 @@ def test_samples_are_paired_index_by_index() -> None:
         ({}, {"chosen_error": "engine error: out of memory", "chosen_finish": "error"}, "engine error"),
         ({}, {"rejected_error": "prompt refused: invalid UTF-8 at byte 3"}, "prompt refused"),
         ({}, {"rejected_error": "empty answer"}, "empty answer"),
-        ({}, {"refused": True}, "refused by the student's template"),
+        ({}, {"refusal": "it cannot"}, "refused by the student's template"),
+        ({}, {"refusal": THOUGHTS}, "thoughts where the student must not think"),
+        ({}, {"same_tokens": True}, "identical in the student's tokens"),
+        ({}, {"rejected_error": "the answer calls tools"}, "another failure"),
         ({}, {"prompt_tokens": 98}, "prompt too long for the student"),
         ({}, {"prompt_tokens": 97}, ""),
         ({"keep": "chosen_wrong"}, {}, "chosen not wrong"),

@@ -74,8 +74,8 @@ def candidate(**changes: Any) -> dict[str, Any]:
         "prompt_id": "a", "chosen": [{"content": "This is right."}], "rejected": [{"content": "That is not."}],
         "chosen_model": "s1", "rejected_model": "w1", "chosen_sample": 0, "rejected_sample": 1, "chosen_score": 1.0,
         "rejected_score": 0.0, "delta": 1.0, "chosen_finish": "stop", "rejected_finish": "stop", "chosen_tokens": 5,
-        "rejected_tokens": 9, "prompt_tokens": 10, "chosen_error": None, "rejected_error": None, "refused": False,
-        "source": None, "scores": {},
+        "rejected_tokens": 9, "prompt_tokens": 10, "chosen_error": None, "rejected_error": None, "refusal": None,
+        "source": None, "scores": {}, "chosen_reasoning": None, "rejected_reasoning": None, "same_tokens": False,
     }  # fmt: skip
     return base | changes
 

@@ -14,7 +14,7 @@ from prompt_files import read, write
 from tiny_model import make_tokenizer, save_tiny
 from transformers import AutoTokenizer
 
-from deltaray.chat import NotShownError, conversation_ids, prompt_ids, prompts_ids
+from deltaray.chat import NotShownError, prompt_ids, prompts_ids
 from deltaray.contracts import PROMPTS
 from deltaray.errors import UserError
 from deltaray.generate.completions import request_body
@@ -23,6 +23,7 @@ from deltaray.miniature.tokenizer import build_tokenizer
 from deltaray.prompts import store_prompts
 from deltaray.prompts.preferences import preference_row
 from deltaray.recipe.models import Teacher
+from deltaray.response_tokens import Written, response_ids
 from deltaray.score.judge import questions_of
 from deltaray.score.registry import section_of
 from deltaray.store import Store
@@ -132,7 +133,8 @@ def test_ids_are_the_templates_own(name: str, arguments: Any) -> None:
     )
     assert prompt_ids(tokenizer, turns, [WEATHER]) == expected
     assert prompts_ids(tokenizer, [ORDINARY, turns], [None, [WEATHER]])[0][1] == expected
-    prompt, (answer,) = conversation_ids(tokenizer, turns, ["warm"], [WEATHER])
+    prompt = prompt_ids(tokenizer, turns, [WEATHER])
+    answer = response_ids(tokenizer, prompt, Written("warm"))
     answered = [*turns, {"role": "assistant", "content": "warm"}]
     whole = tokenizer.apply_chat_template(answered, tools=[WEATHER], tokenize=True, return_dict=False)
     assert whole[: len(prompt) + len(answer) - 1] == [*prompt, *answer[:-1]] and prompt == expected

@@ -14,12 +14,13 @@ import torch
 from safetensors.torch import load_file
 from tiny_model import make_tokenizer, save_tiny
 
-from deltaray.chat import conversation_ids
+from deltaray.chat import prompt_ids
 from deltaray.contracts import METRICS, PAIRS, PROMPTS, REFERENCES, RESPONSES
 from deltaray.errors import StageError
 from deltaray.recipe import Recipe, expand
 from deltaray.reference.blocks import missing_blocks
 from deltaray.reference.stage import reference, references_needed
+from deltaray.response_tokens import Written, response_ids
 from deltaray.store import Store
 from deltaray.train.examples import read_data
 from deltaray.train.outdated import outdated
@@ -103,7 +104,9 @@ def _response(teacher, prompt_id, text):
 
 
 def _pair(prompt_id, messages, chosen, rejected):
-    prompt, ids = conversation_ids(make_tokenizer(), messages, [chosen, rejected])
+    tokenizer = make_tokenizer()
+    prompt = prompt_ids(tokenizer, messages)
+    ids = [response_ids(tokenizer, prompt, Written(text)) for text in (chosen, rejected)]
     sides = {"chosen": chosen, "rejected": rejected}
     turns = {side: [{"role": "assistant", "content": text}] for side, text in sides.items()}
     empty = dict.fromkeys(("chosen_score", "rejected_score", "delta", "source", "answer", "conversation"))

@@ -87,8 +87,7 @@ def candidates(
         rows = zip(places, asked, sides[0], sides[1], strict=True)
         found = [_candidate(*row, references) for row in rows]
         for pair, chosen, rejected in zip(found, *sides, strict=True):
-            one, other = (texts["token_ids"][side["text_row"]] for side in (chosen, rejected))
-            pair["same_tokens"] = _same_tokens(one, other, max_length - pair["prompt_tokens"])
+            pair["same_tokens"] = _same_tokens(texts, chosen, rejected, max_length - pair["prompt_tokens"])
         yield found
 
 
@@ -102,15 +101,15 @@ def _side(offers: pa.Table, texts: pa.Table, rows: pa.ChunkedArray) -> list[dict
     return list(side.to_pylist())
 
 
-def _same_tokens(chosen: pa.ListScalar, rejected: pa.ListScalar, room: int) -> bool:
+def _same_tokens(texts: pa.Table, chosen: dict[str, Any], rejected: dict[str, Any], room: int) -> bool:
     """Whether two responses are the same ids once both are cut to what fits; see `examples.cut`."""
-    sides = [side.values for side in (chosen, rejected)]
-    lengths = [min(len(side), room) for side in sides]
-    if lengths[0] != lengths[1] or room < 1:
+    lengths = [side["token_ids"] for side in (chosen, rejected)]
+    left = min(lengths[0], room)
+    if left < 1 or left != min(lengths[1], room):
         return False
-    is_cut = any(len(side) > room for side in sides)  # then the last token is made the end token, on that side
-    compared = lengths[0] - is_cut
-    return bool(sides[0][:compared].equals(sides[1][:compared]))
+    compared = left - (max(lengths) > room)  # the last token of what is cut is made the end token
+    ids = [texts["token_ids"][side["text_row"]].values[:compared] for side in (chosen, rejected)]
+    return bool(ids[0].equals(ids[1]))
 
 
 def _places_of(rows: pa.ChunkedArray, texts: pa.Table) -> pa.ChunkedArray:

@@ -94,13 +94,12 @@ def _texts(store: Store, tokens: dict[str, list[str]], offers: pa.Table, picks: 
     """`row`, `text`, `reasoning` and `TOKENS` of the picked responses; one teacher's column is in memory at a time."""
     rows = pc.unique(pa.chunked_array([*picks["chosen"].chunks, *picks["rejected"].chunks], pa.int64()))
     wanted = offers.select(["teacher", "at"]).take(rows).append_column("row", rows)
-    tables = [
-        pa.schema([("row", pa.int64()), ("text", pa.string()), ("reasoning", pa.string()), *TOKENS]).empty_table()
-    ]
+    texts = ["text", "reasoning"]
+    tables = [pa.schema([("row", pa.int64()), *((name, pa.string()) for name in texts), *TOKENS]).empty_table()]
     for teacher, files in tokens.items():
         mine = wanted.filter(pc.field("teacher") == teacher)
         columns = {"row": mine["row"]}
-        found = store.read_tables(Store.responses(teacher), RESPONSES, [name for name, _ in texts], prefix=f"{shard}-")
+        found = store.read_tables(Store.responses(teacher), RESPONSES, texts, prefix=f"{shard}-")
         columns |= {name: found[name].take(mine["at"]) for name in found.column_names}
         for name in TOKENS.names:
             column = pa.concat_tables(

@@ -17,7 +17,7 @@ TOLD, ASKED, ANSWERED, FURTHER = "Vor allem", "Zwei Wörter", "Drei kleine Wört
 """Texts that no template writes by itself: they tell what does come from the template."""
 
 
-def _kept(compute: Callable[[Any], R]) -> Callable[[Any], R]:
+def kept_with_template(compute: Callable[[Any], R]) -> Callable[[Any], R]:
     """Computed once per tokenizer object, and again once its template has changed."""
     name = f"_kept_{compute.__name__}"
 
@@ -53,7 +53,7 @@ def _written(tokenizer: Any, *turns: tuple[str, str]) -> str:
     return str(text)
 
 
-@_kept
+@kept_with_template
 def turn_end(tokenizer: Any) -> tuple[int, ...]:
     """The ids with which the template ends the last answer of a conversation; the tokenizer's end token if with none.
 
@@ -74,7 +74,7 @@ def turn_end(tokenizer: Any) -> tuple[int, ...]:
     return tuple(found) or (int(tokenizer.eos_token_id),)
 
 
-@_kept
+@kept_with_template
 def control_tokens(tokenizer: Any) -> frozenset[str]:
     """Tokens that stand for themselves only where the template writes them.
 
@@ -138,7 +138,7 @@ def plain_ids(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
 
 
-@_kept
+@kept_with_template
 def _plain(tokenizer: Any) -> Any:
     """A copy of the tokenizer's backend that knows no control tokens; None where it has no backend.
 

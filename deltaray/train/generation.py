@@ -111,9 +111,8 @@ def _end_ids(model: Any, tokenizer: Any) -> list[int]:
     """The end of the template's turn first, then what else the model's own generation settings stop at."""
     stated = getattr(model.generation_config, "eos_token_id", None)
     others = stated if isinstance(stated, list) else [stated]
-    return list(
-        dict.fromkeys(int(end) for end in (turn_end(tokenizer)[-1], tokenizer.eos_token_id, *others) if end is not None)
-    )
+    ends = (turn_end(tokenizer)[-1], tokenizer.eos_token_id, *others)
+    return list(dict.fromkeys(int(end) for end in ends if end is not None))
 
 
 def _until_end(ids: list[int], ends: list[int]) -> list[int]:
