@@ -9,6 +9,7 @@ from jinja2 import TemplateError
 
 from deltaray.errors import first_line
 from deltaray.prompts.turns import short
+from deltaray.tokenizer.render import ControlTokenError, foreign_tokens, rendered_ids
 
 Message = dict[str, Any]
 """One turn: `role`, `content`, and where tools are used what else the chat template reads."""
@@ -25,10 +26,11 @@ def prompt_ids(tokenizer: Any, messages: Sequence[Message], tools: Tools | None 
 
     Raises:
         NotShownError: the template does not write a tool's name, a call or a tool's answer.
+        ControlTokenError: a turn holds control tokens that cannot be kept as text.
     """
     if told := list(_told_by_tools(messages, tools)):
         _refuse_unshown(tokenizer, messages, tools, told)
-    return list(_render(tokenizer, list(messages), add_generation_prompt=True, **_given(tools)))
+    return rendered_ids(tokenizer, messages, add_generation_prompt=True, **_given(tools))
 
 
 def prompts_ids(
@@ -36,7 +38,7 @@ def prompts_ids(
 ) -> tuple[list[list[int]], list[str | None]]:
     """(ids, refusals) of many prompts: one that the template or the tokenizer refuses has no ids but its reason."""
     each = list(zip(prompts, tools or [None] * len(prompts), strict=True))
-    if not any(given or any(_told_by_tools(messages, None)) for messages, given in each):
+    if not any(given or any(_told_by_tools(turns, None)) or foreign_tokens(tokenizer, turns) for turns, given in each):
         with suppress(Exception):  # all at once is several times faster; one by one it shows whose fault it is
             ids = _render(tokenizer, list(prompts), add_generation_prompt=True)
             return [list(of_one) for of_one in ids], [None] * len(each)
@@ -47,7 +49,7 @@ def prompts_ids(
 def _ids_or_refusal(tokenizer: Any, messages: list[Message], tools: Tools | None) -> tuple[list[int], str | None]:
     try:
         return prompt_ids(tokenizer, messages, tools), None
-    except NotShownError as error:
+    except (NotShownError, ControlTokenError) as error:
         return [], str(error)
     except Exception as error:  # templates raise what they like
         return [], f"the chat template refuses it: {first_line(error)}"
