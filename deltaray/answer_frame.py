@@ -1,12 +1,13 @@
 """What a chat template writes around an answer, behind its generation prompt, as a short conversation shows it."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from deltaray.chat import render_text
-from deltaray.tokenizer import kept_with_template, plain_ids, turn_end
+from deltaray.tokenizer.control import kept_with_template, plain_ids, turn_end, written
 
 QUESTION, ANSWER, THOUGHTS = "xquestionx", "xanswerx", "xthoughtsx"
 """Words that no template changes or looks for."""
@@ -56,12 +57,14 @@ def frame_of(tokenizer: Any) -> Frame:
     Raises:
         ValueError: the template shows no answer, or nothing ends it.
     """
-    prompt = render_text(tokenizer, [_turn("user", QUESTION)], add_generation_prompt=True)
-    before, _ = _around(_answered(tokenizer), ANSWER)
+    system = _needed_system(tokenizer)
+    prompt = written(tokenizer, *system, ("user", QUESTION), add_generation_prompt=True)
+    answered = partial(written, tokenizer, *system, ("user", QUESTION), ("assistant", ANSWER))
+    before, _ = _around(answered(), ANSWER)
     if before is None:
         raise ValueError("the chat template does not show an assistant's answer as it is")
     opens, closes = OPENS.search(prompt), CLOSES.search(prompt)
-    opening, closing = _thinking_block(tokenizer, prompt)
+    opening, closing = _thinking_block(answered, prompt)
     if closing is None and (mark := opens or closes):
         closing = f"\n</{mark[1]}>\n\n"
     # A template whose answers stand outside the block that its generation prompt opens: the block is closed first.
@@ -72,23 +75,28 @@ def frame_of(tokenizer: Any) -> Frame:
     return Frame(lead, opening, closing, opens is not None, closes is not None, end, adds_space)
 
 
-def _thinking_block(tokenizer: Any, prompt: str) -> tuple[str, str | None]:
-    """(opening, closing) of the block that the template writes for thoughts that are kept apart."""
+def _needed_system(tokenizer: Any) -> list[tuple[str, str]]:
+    """A system turn, for templates that take no conversation without one."""
+    try:
+        written(tokenizer, ("user", QUESTION))
+    except ValueError:
+        return [("system", QUESTION)]
+    return []
+
+
+def _thinking_block(answered: Callable[..., str], prompt: str) -> tuple[str, str | None]:
+    """(opening, closing) of the block that the template writes for thoughts that are kept apart.
+
+    Args:
+        answered: the conversation with the answer, and with more fields in its turn.
+    """
     for field in REASONING_FIELDS:
-        before, rest = _around(_answered(tokenizer, {field: THOUGHTS}), THOUGHTS)
-        between, _ = _around(rest or "", ANSWER)
-        if before is not None and between is not None and before.startswith(prompt):
-            return before[len(prompt) :], between
+        with suppress(ValueError):  # some templates refuse fields that they do not know
+            before, rest = _around(answered(last={field: THOUGHTS}), THOUGHTS)
+            between, _ = _around(rest or "", ANSWER)
+            if before is not None and between is not None and before.startswith(prompt):
+                return before[len(prompt) :], between
     return "", None
-
-
-def _answered(tokenizer: Any, fields: Mapping[str, str] | None = None) -> str:
-    answer = _turn("assistant", ANSWER) | dict(fields or {})
-    return render_text(tokenizer, [_turn("user", QUESTION), answer])
-
-
-def _turn(role: str, content: str) -> dict[str, str]:
-    return {"role": role, "content": content}
 
 
 def _around(text: str, word: str) -> tuple[str | None, str | None]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from deltaray.errors import first_line, is_of_row
 from deltaray.prompts.turns import short
+from deltaray.tokenizer.render import ControlTokenError, foreign_tokens, rendered_ids
 
 Message = dict[str, Any]
 """One turn: `role`, `content`, and where tools are used what else the chat template reads."""
@@ -30,6 +31,7 @@ def prompt_ids(tokenizer: Any, messages: Sequence[Message], tools: Tools | None 
 
     Raises:
         NotShownError: the template does not write a tool's name, a call or a tool's answer.
+        ControlTokenError: a turn holds control tokens that cannot be kept as text.
     """
     try:
         return _prompt_ids(tokenizer, messages, tools)
@@ -45,7 +47,7 @@ def prompt_ids(tokenizer: Any, messages: Sequence[Message], tools: Tools | None 
 def _prompt_ids(tokenizer: Any, messages: Sequence[Message], tools: Tools | None) -> list[int]:
     if told := list(_told_by_tools(messages, tools)):
         _refuse_unshown(tokenizer, messages, tools, told)
-    return list(_render(tokenizer, list(messages), add_generation_prompt=True, **_given(tools)))
+    return rendered_ids(tokenizer, messages, add_generation_prompt=True, **_given(tools))
 
 
 def _with_other_arguments(turn: Message) -> Message:
@@ -72,7 +74,7 @@ def prompts_ids(
 ) -> tuple[list[list[int]], list[str | None]]:
     """(ids, refusals) of many prompts: one that the template or the tokenizer refuses has no ids but its reason."""
     each = list(zip(prompts, tools or [None] * len(prompts), strict=True))
-    if not any(given or any(_told_by_tools(messages, None)) for messages, given in each):
+    if not any(given or any(_told_by_tools(turns, None)) or foreign_tokens(tokenizer, turns) for turns, given in each):
         with suppress(Exception):  # all at once is several times faster; one by one it shows whose fault it is
             ids = _render(tokenizer, list(prompts), add_generation_prompt=True)
             return [list(of_one) for of_one in ids], [None] * len(each)
@@ -95,12 +97,9 @@ def refusal_of(error: BaseException) -> str:
     """
     if not is_of_row(error):
         raise error
-    return str(error) if isinstance(error, RefusedError) else f"the chat template refuses it: {first_line(error)}"
-
-
-def render_text(tokenizer: Any, messages: Sequence[Message], **options: Any) -> str:
-    """What the template makes of a conversation, before it becomes ids."""
-    return str(_render(tokenizer, list(messages), tokenize=False, **options))
+    if isinstance(error, RefusedError | ControlTokenError):
+        return str(error)
+    return f"the chat template refuses it: {first_line(error)}"
 
 
 def _render(tokenizer: Any, messages: Any, tokenize: bool = True, **options: Any) -> Any:

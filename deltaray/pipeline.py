@@ -3,7 +3,6 @@
 This is the Python API behind the command line: `Pipeline(load_recipe(path)).run(["generate", "pair"])`.
 """
 
-import os
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -50,7 +49,7 @@ class Pipeline:
         capacity = capacity or self._declared()
         prompts = None
         if not self._family_missing():
-            with self.terminal.chatter_to(Path(os.devnull)):
+            with self.terminal.checking():
                 prompts = check_local_inputs(self.study, self.store)
             self._claim()
         return make_plan(self.study, self.store, prompts, capacity), capacity
@@ -62,7 +61,7 @@ class Pipeline:
         return capacity
 
     def _check(self) -> None:
-        with self.terminal.chatter_to(Path(os.devnull)):
+        with self.terminal.checking():
             check_inputs(self.study, self.store)
         self._claim()
 
@@ -100,7 +99,7 @@ class Pipeline:
         with ExitStack() as alone:
             self._prepare(alone)
             self._run_stages(wanted, self.runner.log_file())
-        with self.terminal.chatter_to(Path(os.devnull)):  # processes complain while they are ended
+        with self.terminal.checking():  # processes complain while they are ended
             stop_ray()
 
     def _prepare(self, alone: ExitStack) -> None:

@@ -35,7 +35,7 @@ def calibrate(study: Study, store: Store, number: int, terminal: Terminal) -> Ca
     """
     log = _log(store)
     _refuse_missing_family(study)
-    with terminal.chatter_to(Path(os.devnull)):
+    with terminal.checking():
         check_inputs(study, store)
         sample, prompts = sample_prompts(prompt_source(study).rows(), number)
     with store.lock(), terminal.chatter_to(log):

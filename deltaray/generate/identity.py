@@ -13,7 +13,7 @@ from deltaray.recipe.models import Model, Teacher
 SAMPLED_BYTES = 1 << 20
 """How much of a file's beginning and end goes into a fingerprint."""
 ANSWERING_FILES = ("config.json", "generation_config.json", "adapter_config.json", "merges.txt")
-ANSWERING_STARTS = ("tokenizer", "vocab", "special_tokens_map", "added_tokens", "chat_template")
+ANSWERING_STARTS = ("tokenizer", "vocab", "special_tokens_map", "added_tokens", "chat_template", "tekken")
 ANSWERING_SUFFIXES = (".safetensors", ".jinja", ".model", ".tiktoken")
 """Files of a model folder that decide what it answers."""
 
@@ -66,7 +66,7 @@ def model_identity(model: Model) -> dict[str, Any]:
     described = model.model_dump(mode="json", include=set(Model.model_fields))
     if model.is_local:
         described["model"] = fingerprint(Path(model.model))
-    if model.chat_template is not None:
+    if model.chat_template is not None and Path(model.chat_template).is_file():  # else a name among the model's own
         described["chat_template"] = hashlib.sha256(Path(model.chat_template).read_bytes()).hexdigest()[:16]
     return described
 

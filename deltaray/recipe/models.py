@@ -60,7 +60,8 @@ class Model(Section):
     revision: str | None = None
     trust_remote_code: bool = False
     chat_template: str | None = None
-    """A Jinja file that replaces the tokenizer's own chat template."""
+    """A Jinja file that replaces the tokenizer's own chat template, or the name of one of its own where it has
+    several (`default`, `tool_use`, `rag`)."""
     chat_template_arguments: dict[str, Any] = {}
     """What the template is rendered with besides the messages, such as `enable_thinking: false`."""
 

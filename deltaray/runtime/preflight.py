@@ -19,7 +19,7 @@ from deltaray.recipe.scorers import Judge, RewardModel, Scorer, scorer_part
 from deltaray.recipe.study import Study, base_name
 from deltaray.search.retrievers import search_identity
 from deltaray.store import Store
-from deltaray.tokenizer import load_tokenizer
+from deltaray.tokenizer.check import check_tokenizer
 
 HUB_TIMEOUT = 20.0
 """Seconds."""
@@ -141,7 +141,7 @@ def check_tasks(study: Study, store: Store, on_hub: bool = True) -> None:
 
 
 def check_model(model: Model, key: str) -> None:
-    """The model's folder is there and its tokenizer has a chat template; or a server has it, and its key is there."""
+    """The model's folder is there and its tokenizer can do its part; or a server has it, and its key is there."""
     if isinstance(model, Teacher) and model.endpoint is not None:
         from deltaray.generate.endpoint import check_endpoint
 
@@ -161,7 +161,7 @@ def check_model(model: Model, key: str) -> None:
         _check_adapter(Path(model.adapter), f"{key}.adapter")
     if not model.is_local:
         _find_on_hub(model, key)
-    load_tokenizer(model, key)
+    check_tokenizer(model, key)
 
 
 def _own_format(model: Model) -> bool:

@@ -5,6 +5,7 @@ are pointed at the log while a stage runs; our own console keeps private copies 
 """
 
 import json
+import logging
 import os
 import sys
 import time
@@ -69,6 +70,17 @@ class Terminal:
                 os.close(copy)
 
     @contextmanager
+    def checking(self) -> Iterator[None]:
+        """Only our own warnings are seen meanwhile, not what the libraries write."""
+        notes, ours = _Notes(self), logging.getLogger("deltaray")
+        ours.addHandler(notes)
+        try:
+            with self.chatter_to(Path(os.devnull)):
+                yield
+        finally:
+            ours.removeHandler(notes)
+
+    @contextmanager
     def progress(self, stage: str, unit: str, listener: Listener | None = None) -> Iterator["StageProgress"]:
         """One live view of a stage; plain lines when stderr is no terminal."""
         live = _bars(self.err) if self.err.is_terminal else None
@@ -78,6 +90,17 @@ class Terminal:
             return
         with live:
             yield view
+
+
+class _Notes(logging.Handler):
+    """Says our own warnings on a terminal."""
+
+    def __init__(self, terminal: Terminal) -> None:
+        super().__init__(logging.WARNING)
+        self.terminal = terminal
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.terminal.say(f"note: {record.getMessage()}")
 
 
 def _console(descriptor: int) -> Console:

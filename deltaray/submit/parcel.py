@@ -85,8 +85,10 @@ _MEND = "put it on storage that all nodes see and write its absolute path"
 
 
 def _looks_local(key: str, path: Path) -> bool:
-    """Rather than a hub id, `name` or `owner/name`."""
-    owned = key.rpartition(".")[2] in ("adapter", "adapters", "chat_template") or path.suffix in DATA_SUFFIXES
+    """Rather than a hub id, `name` or `owner/name`, or the name of a tokenizer's own chat template."""
+    kind = key.rpartition(".")[2]
+    named = kind == "chat_template" and not path.suffix and len(path.parts) == 1
+    owned = (kind in ("adapter", "adapters", "chat_template") and not named) or path.suffix in DATA_SUFFIXES
     return owned or len(path.parts) > 2
 
 

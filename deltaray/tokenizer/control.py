@@ -5,7 +5,7 @@ Everything here is asked of the tokenizer once and kept on it, beside the templa
 
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import wraps
 from typing import Any, TypeVar
 
@@ -13,8 +13,8 @@ from deltaray.errors import first_line
 
 R = TypeVar("R")
 
-TOLD, ASKED, ANSWERED, FURTHER = "Vor allem", "Zwei Wörter", "Drei kleine Wörter", "Noch eins"
-"""Texts that no template writes by itself: they tell what does come from the template."""
+TOLD, ASKED, ANSWERED, FURTHER = "first of all quokka", "two quokka words", "three small quokka words", "quokka again"
+"""Texts that no template writes by itself, and that none has to quote: they tell what does come from the template."""
 
 
 def kept_with_template(compute: Callable[[Any], R]) -> Callable[[Any], R]:
@@ -37,15 +37,20 @@ def _arguments(tokenizer: Any) -> dict[str, Any]:
     return getattr(tokenizer, "template_arguments", {})
 
 
-def _written(tokenizer: Any, *turns: tuple[str, str]) -> str:
+def written(tokenizer: Any, *turns: tuple[str, str], last: Mapping[str, str] | None = None, **options: Any) -> str:
     """What the template makes of (role, content) turns, as text.
+
+    Args:
+        last: further fields of the last turn.
+        options: those of `apply_chat_template`.
 
     Raises:
         ValueError: it refuses them.
     """
     messages = [{"role": role, "content": content} for role, content in turns]
+    messages[-1] |= last or {}
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, **_arguments(tokenizer))
+        text = tokenizer.apply_chat_template(messages, tokenize=False, **_arguments(tokenizer) | options)
     except Exception as error:  # templates raise what they like
         raise ValueError(
             f"the chat template refuses a conversation of {len(turns)} turns: {first_line(error)}"
@@ -62,16 +67,37 @@ def turn_end(tokenizer: Any) -> tuple[int, ...]:
     Raises:
         ValueError: neither the template nor the tokenizer has one, or the template takes or shows no answer.
     """
-    text = _written(tokenizer, ("user", ASKED), ("assistant", ANSWERED))
+    text = written(tokenizer, ("user", ASKED), ("assistant", ANSWERED))
     if ANSWERED not in text:
         raise ValueError("the chat template does not write what an assistant says")
-    rest, known, found = text.rpartition(ANSWERED)[2].lstrip(), _added_tokens(tokenizer), list[int]()
+    before, _, after = text.rpartition(ANSWERED)
+    known = _added_tokens(tokenizer)
+    found, rest = list[str](), after.lstrip()
     while token := max((token for token in known if rest.startswith(token)), key=len, default=""):
-        found.append(known[token])
+        found.append(token)
         rest = rest[len(token) :]
+    opened = _tokens_in(before.rpartition(ASKED)[2], known)
+    if opened and opened[-1] in found and _always_opens(tokenizer):
+        found = found[: found.index(opened[-1])]  # the next answer's beginning, not this one's end
     if not found and tokenizer.eos_token_id is None:
         raise ValueError("neither the chat template nor the tokenizer has a token that ends an answer")
-    return tuple(found) or (int(tokenizer.eos_token_id),)
+    return tuple(known[token] for token in found) or (int(tokenizer.eos_token_id),)
+
+
+def _always_opens(tokenizer: Any) -> bool:
+    """Whether the template begins an answer even where it was not asked to."""
+    asked = [written(tokenizer, ("user", ASKED), add_generation_prompt=opening) for opening in (False, True)]
+    return asked[0] == asked[1]
+
+
+@kept_with_template
+def system_refusal(tokenizer: Any) -> str | None:
+    """Why prompts with a system turn are not for this template: it refuses such turns, or leaves them out."""
+    try:
+        text = written(tokenizer, ("system", TOLD), ("user", ASKED), add_generation_prompt=True)
+    except ValueError as error:
+        return str(error)
+    return None if TOLD in text else "the chat template leaves system turns out"
 
 
 @kept_with_template
@@ -92,7 +118,7 @@ def _framing(tokenizer: Any, *system: tuple[str, str]) -> set[str]:
     """Tokens that the template writes around three turns; none if it refuses them."""
     known = _added_tokens(tokenizer)
     try:
-        text = _written(tokenizer, *system, ("user", ASKED), ("assistant", ANSWERED), ("user", FURTHER))
+        text = written(tokenizer, *system, ("user", ASKED), ("assistant", ANSWERED), ("user", FURTHER))
     except ValueError:
         return set()
     before, _, rest = text.partition(ASKED)
