@@ -4,6 +4,7 @@ This is the Python API behind the command line: `Pipeline(load_recipe(path)).run
 """
 
 from contextlib import ExitStack
+from datetime import date
 from pathlib import Path
 
 from deltaray.errors import UserError
@@ -13,7 +14,14 @@ from deltaray.prompts import store_source
 from deltaray.prompts.preferences import store_preferences
 from deltaray.recipe import Recipe, Study, dump_recipe, expand
 from deltaray.runtime.demands import refuse_impossible
-from deltaray.runtime.preflight import check_inputs, check_local_inputs, definitions, prompt_folder, prompt_source
+from deltaray.runtime.preflight import (
+    DATE,
+    check_inputs,
+    check_local_inputs,
+    definitions,
+    prompt_folder,
+    prompt_source,
+)
 from deltaray.runtime.runner import Runner
 from deltaray.runtime.session import Capacity, declared_capacity, joins_cluster, stop_ray
 from deltaray.runtime.terminal import Terminal
@@ -33,9 +41,9 @@ class Pipeline:
 
     def __init__(self, recipe: Recipe, terminal: Terminal | None = None, retry_failed: bool = False) -> None:
         """`retry_failed`: generation and judges try the rows again that failed."""
-        self.recipe, self.terminal = recipe, terminal or Terminal()
-        self.study: Study = expand(recipe)
-        self.store = Store(recipe.out)
+        self.store, self.terminal = Store(recipe.out), terminal or Terminal()
+        self.recipe = _dated(recipe, self.store)
+        self.study: Study = expand(self.recipe)
         self.runner = Runner(self.study, self.store, self.terminal)
         self.stages = Stages(self.study, self.store, self.runner, retry_failed)
 
@@ -140,3 +148,12 @@ class Pipeline:
         if self.recipe.preferences:
             return store_preferences(self.store, self.recipe.preferences, *sizes)
         store_source(self.store, prompt_source(self.study), *sizes, prompt_folder(self.study))
+
+
+def _dated(recipe: Recipe, store: Store) -> Recipe:
+    """The recipe with its day: the one that it names, or the one of the first command on this `out`."""
+    if recipe.date is not None:
+        return recipe
+    store.check_access()
+    kept = store.definition(DATE)
+    return recipe.model_copy(update={"date": kept["date"] if kept else date.today().isoformat()})

@@ -21,7 +21,7 @@ def pair_all(store: Store, student: str) -> tuple[list[dict[str, Any]], dict[str
         for teacher in TEACHERS:
             table = pa.Table.from_pylist([_response(teacher, it) for it in ids], schema=RESPONSES)
             store.write_table(f"{Store.responses(teacher)}/{shard_name(path)}-x.parquet", table, RESPONSES)
-    study: Any = type("Study", (), {"students": {"student": Student(model=student)}})
+    study: Any = type("Study", (), {"students": {"student": Student(model=student)}, "teachers": {}})
     for unit in missing_tokens(study, store, [("student", teacher) for teacher in TEACHERS]):
         tokenize_file(store, unit)
     tokens = files_by_shard(store, "student", list(TEACHERS))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from deltaray.recipe.models import Model, Teacher
+from deltaray.tokenizer import CLOCK
 
 SAMPLED_BYTES = 1 << 20
 """How much of a file's beginning and end goes into a fingerprint."""
@@ -64,11 +65,23 @@ def identity_digest(identity: dict[str, Any]) -> str:
 def model_identity(model: Model) -> dict[str, Any]:
     """What a model is, wherever it lies: the content of a folder, or a hub id with its revision."""
     described = model.model_dump(mode="json", include=set(Model.model_fields))
+    if model.date is None or not _asks_for_the_date(model):
+        del described["date"]
     if model.is_local:
         described["model"] = fingerprint(Path(model.model))
     if model.chat_template is not None and Path(model.chat_template).is_file():  # else a name among the model's own
         described["chat_template"] = hashlib.sha256(Path(model.chat_template).read_bytes()).hexdigest()[:16]
     return described
+
+
+def _asks_for_the_date(model: Model) -> bool:
+    """Whether a template of the model may write the date; of what is on a hub that is not known yet."""
+    if not model.is_local:
+        return True
+    places = [Path(model.model), Path(model.model) / "additional_chat_templates"]
+    files = [*(file for place in places for file in place.glob("*.jinja")), places[0] / "tokenizer_config.json"]
+    files += [Path(model.chat_template)] if model.chat_template else []
+    return any(CLOCK.encode() in file.read_bytes() for file in files if file.is_file())
 
 
 def fingerprint(folder: Path) -> str:

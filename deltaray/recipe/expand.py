@@ -33,9 +33,9 @@ def expand(recipe: Recipe) -> Study:
     for seed in recipe.seeds:
         names = _Names(recipe, seed)
         for name, teacher in recipe.teachers.items():
-            teachers[names.teacher(name)] = _at_seed(teacher, seed)
+            teachers[names.teacher(name)] = _dated(recipe, _at_seed(teacher, seed))
         if recipe.student:
-            students[names.student()] = _at_seed(recipe.student, seed)
+            students[names.student()] = _dated(recipe, _at_seed(recipe.student, seed))
         for name, pairing in recipe.pairings.items():
             pairings[names.pairing(name)] = names.renamed(pairing)
         for name, run in (recipe.training.runs if recipe.training else {}).items():
@@ -47,8 +47,8 @@ def expand(recipe: Recipe) -> Study:
                 runs[item[0]] = TrainingRun(item[0], names.student(), paired, settings, candidate_of, after)
         merges |= {merge.name: merge for merge in _merges(recipe, names)}
         evaluated |= {model.name: model for model in _evaluated(recipe, names, seed)}
-    scorers = {name: _scorer_at(scorer, recipe.seeds[0]) for name, scorer in recipe.scorers.items()}
-    extensions = recipe.extensions and _written_by(recipe.extensions, recipe.seeds[0])
+    scorers = {name: _scorer_at(scorer, recipe) for name, scorer in recipe.scorers.items()}
+    extensions = recipe.extensions and _written_by(recipe.extensions, recipe)
     ordered = _in_order(runs)
     return Study(recipe, teachers, students, pairings, ordered, evaluated, scorers, merges, extensions)
 
@@ -143,15 +143,20 @@ def _teacher_at_seed(teacher: Teacher, seed: int) -> dict[str, object]:
     return update
 
 
-def _written_by(extensions: Extensions, seed: int) -> Extensions:
-    return extensions.model_copy(update={"by": _at_seed(extensions.by, seed)})
+def _dated(recipe: Recipe, model: M) -> M:
+    """The model with the study's day for its template, unless it has its own."""
+    return model if model.date else model.model_copy(update={"date": recipe.date})
 
 
-def _scorer_at(scorer: Scorer, seed: int) -> Scorer:
+def _written_by(extensions: Extensions, recipe: Recipe) -> Extensions:
+    return extensions.model_copy(update={"by": _dated(recipe, _at_seed(extensions.by, recipe.seeds[0]))})
+
+
+def _scorer_at(scorer: Scorer, recipe: Recipe) -> Scorer:
     """A scorer whose model, if it has one, can be found from anywhere."""
     if isinstance(scorer, Judge):
-        return scorer.model_copy(update={"by": _at_seed(scorer.by, seed)})
-    return _at_seed(scorer, seed) if isinstance(scorer, RewardModel) else scorer
+        return scorer.model_copy(update={"by": _dated(recipe, _at_seed(scorer.by, recipe.seeds[0]))})
+    return _dated(recipe, _at_seed(scorer, recipe.seeds[0])) if isinstance(scorer, RewardModel) else scorer
 
 
 def _grid(run: Run, name: str) -> list[tuple[str, Run]]:

@@ -5,10 +5,24 @@ single value cannot tell (does the named teacher exist?) is checked in `check.py
 `load.py`.
 """
 
+from datetime import date
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BeforeValidator, BaseModel, ConfigDict, Field
+
+
+def _day(value: Any) -> Any:
+    """YAML reads a bare day as a date."""
+    if isinstance(value, str):
+        try:
+            value = date.fromisoformat(value)
+        except ValueError:
+            raise ValueError("a day is written as YYYY-MM-DD") from None
+    return value.isoformat() if type(value) is date else value
+
+
+Day = Annotated[str, BeforeValidator(_day)]
 
 
 class Section(BaseModel):
@@ -64,6 +78,8 @@ class Model(Section):
     several (`default`, `tool_use`, `rag`)."""
     chat_template_arguments: dict[str, Any] = {}
     """What the template is rendered with besides the messages, such as `enable_thinking: false`."""
+    date: Day | None = None
+    """The day that the chat template takes for today (YYYY-MM-DD), where it asks; default: the study's `date`."""
 
     @property
     def is_local(self) -> bool:

@@ -9,7 +9,7 @@ from deltaray.recipe.evaluation import Evaluation
 from deltaray.recipe.exploration import Exploration
 from deltaray.recipe.extensions import Extensions
 from deltaray.recipe.merging import Merging
-from deltaray.recipe.models import Section, Student, Teacher
+from deltaray.recipe.models import Day, Section, Student, Teacher
 from deltaray.recipe.scorers import Scorer
 from deltaray.recipe.source import Source
 from deltaray.recipe.training import Training
@@ -68,6 +68,8 @@ class Recipe(Section):
     name: str = Name
     out: str
     seeds: list[int] = Field([0], min_length=1)
+    date: Day | None = None
+    """The day that chat templates take for today (YYYY-MM-DD); default: the day of the first command, kept in `out`."""
     shard_size: int = Field(32768, ge=1)
     """Prompts per shard: every table has one file per shard (about 150 MiB of ordinary answers)."""
     unit_size: int = Field(256, ge=1)

@@ -23,6 +23,8 @@ from deltaray.tokenizer.check import check_tokenizer
 
 HUB_TIMEOUT = 20.0
 """Seconds."""
+DATE = "date"
+"""The definition that holds the day which chat templates take for today."""
 SAFE_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
 
@@ -225,7 +227,8 @@ def _extensions_identity(study: Study) -> dict[str, Any]:
 def definitions(study: Study) -> dict[str, dict[str, Any]]:
     """What each artifact is made from; the store refuses to mix two definitions under one name."""
     recipe = study.recipe
-    found: dict[str, dict[str, Any]] = {"study": {"name": recipe.name}, Store.prompts: _extensions_identity(study)}
+    found: dict[str, dict[str, Any]] = {"study": {"name": recipe.name}, DATE: {"date": recipe.date}}
+    found[Store.prompts] = _extensions_identity(study)
     for name, teacher in study.teachers.items():
         found[Store.responses(name)] = generation_identity(teacher)
     for name, scorer in study.scorers.items():

@@ -164,19 +164,26 @@ def plain_ids(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
 
 
-@kept_with_template
 def _plain(tokenizer: Any) -> Any:
     """A copy of the tokenizer's backend that knows no control tokens; None where it has no backend.
 
-    A copy: the switch belongs to the backend, and other threads may be using that with the switch off.
+    A copy: the switch belongs to the backend, and other threads may be using that with the switch off. One for each
+    set of control tokens, since a copy of a large vocabulary takes seconds.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return None
+    control = control_tokens(tokenizer)
+    copies = vars(tokenizer).setdefault("_plain_copies", {})
+    if control not in copies:
+        copies[control] = _without_control(backend, control)
+    return copies[control]
+
+
+def _without_control(backend: Any, control: frozenset[str]) -> Any:
     plain = copy.deepcopy(backend)
     plain.no_truncation()
     plain.no_padding()
-    control = control_tokens(tokenizer)
     for token in plain.get_added_tokens_decoder().values():
         if token.content in control and not token.special:
             token.special = True

@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Iterator
+from datetime import date
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ log = logging.getLogger(__name__)
 TOKENIZER, TEKKEN = "tokenizer.json", "tekken.json"
 NAMING = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 """Files that may name tokens beyond those of `tokenizer.json`."""
+CLOCK = "strftime_now"
+"""What transformers gives chat templates to ask for the date."""
 
 
 def load_tokenizer(model: Model, key: str) -> Any:
@@ -34,7 +37,14 @@ def load_tokenizer(model: Model, key: str) -> Any:
         raise UserError(f"{key}.model: no tokenizer in {model.model!r}: {first_line(error)}") from None
     tokenizer.chat_template = _template(tokenizer.chat_template, model, key)
     tokenizer.template_arguments = dict(model.chat_template_arguments)
+    if model.date is not None and asks_for_the_date(tokenizer):
+        tokenizer.template_arguments.setdefault(CLOCK, date.fromisoformat(model.date).strftime)
     return tokenizer
+
+
+def asks_for_the_date(tokenizer: Any) -> bool:
+    """Whether a chat template writes the day of its rendering."""
+    return CLOCK in str(tokenizer.chat_template)
 
 
 def is_replaced(tokenizer: Any) -> bool:
