@@ -12,6 +12,7 @@ from transformers import GenerationConfig
 from deltaray.recipe.training import Generation
 from deltaray.score.response import Response, ScoreFunction
 from deltaray.store import Store
+from deltaray.tokenizer import turn_end
 from deltaray.train.attention import PACKED
 from deltaray.train.examples import Examples, read_pairs
 from deltaray.train.packing import Ids
@@ -107,10 +108,12 @@ class Answering:
 
 
 def _end_ids(model: Any, tokenizer: Any) -> list[int]:
-    """The tokenizer's end token first, then what else the model's own generation settings stop at."""
+    """The end of the template's turn first, then the tokenizer's, and what else the model's own settings stop at."""
     stated = getattr(model.generation_config, "eos_token_id", None)
     others = stated if isinstance(stated, list) else [stated]
-    return list(dict.fromkeys(int(end) for end in (tokenizer.eos_token_id, *others) if end is not None))
+    return list(
+        dict.fromkeys(int(end) for end in (turn_end(tokenizer), tokenizer.eos_token_id, *others) if end is not None)
+    )
 
 
 def _until_end(ids: list[int], ends: list[int]) -> list[int]:
