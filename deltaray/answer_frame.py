@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from deltaray.tokenizer.control import kept_with_template, plain_ids, turn_end, written
+from deltaray.tokenizer.control import kept_with_template, plain_ids, turn_end_ids, written
 
 QUESTION, ANSWER, THOUGHTS = "xquestionx", "xanswerx", "xthoughtsx"
 """Words that no template changes or looks for."""
@@ -71,7 +71,7 @@ def frame_of(tokenizer: Any) -> Frame:
     lead = before[len(prompt) :] if before.startswith(prompt) else (closing or "" if opens else "")
     adds_space = _adds_space(tokenizer)
     lead = "" if adds_space and lead == " " else lead
-    end = turn_end(tokenizer)
+    end = turn_end_ids(tokenizer)
     return Frame(lead, opening, closing, opens is not None, closes is not None, end, adds_space)
 
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from deltaray.answer_frame import frame_of
 from deltaray.chat import RefusedError, prompt_ids
 from deltaray.response_tokens import THOUGHTS, Written, response_ids
-from deltaray.tokenizer import turn_end
+from deltaray.tokenizer import turn_end_ids
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 LLAMA2 = (
@@ -115,7 +115,7 @@ def test_thoughts_stand_in_the_templates_block(
     tokenizer_of: Any, template: str, arguments: dict[str, Any], plain: str, apart: str
 ) -> None:
     tokenizer = tokenizer_of("qwen3", template, **arguments)
-    end = tokenizer.decode(list(turn_end(tokenizer)))
+    end = tokenizer.decode(list(turn_end_ids(tokenizer)))
     assert pieces(tokenizer, "Po") == plain + end
     assert pieces(tokenizer, "Po", "Hm.") == apart + end
 
@@ -148,10 +148,15 @@ def test_a_student_that_must_not_think_gets_no_thoughts(tokenizer_of: Any, text:
 def test_a_turn_may_end_with_several_tokens_but_not_with_what_follows_it(tokenizer_of: Any) -> None:
     tokenizer = tokenizer_of("command_r_plus", "cohere2")
     tokenizer.add_tokens(["<|END_RESPONSE|>"])
-    assert tokenizer.convert_ids_to_tokens(list(turn_end(tokenizer))) == ["<|END_RESPONSE|>", "<|END_OF_TURN_TOKEN|>"]
+    assert tokenizer.convert_ids_to_tokens(list(turn_end_ids(tokenizer))) == [
+        "<|END_RESPONSE|>",
+        "<|END_OF_TURN_TOKEN|>",
+    ]
     phi = tokenizer_of("qwen3", "phi3")
     phi.add_tokens(["<|end|>"])
-    assert phi.convert_ids_to_tokens(list(turn_end(phi))) == ["<|end|>"]  # the template writes an eos_token behind it
+    assert phi.convert_ids_to_tokens(list(turn_end_ids(phi))) == [
+        "<|end|>"
+    ]  # the template writes an eos_token behind it
 
 
 def test_a_template_that_shows_no_answer_is_refused(tokenizer_of: Any) -> None:

@@ -23,6 +23,7 @@ from lm_eval.models.utils import (
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from deltaray.errors import UserError
+from deltaray.tokenizer import turn_end
 
 Request = dict[str, Any]
 """A row of `contracts.REQUESTS`."""
@@ -51,13 +52,13 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         self.tokenizer, self.max_length, self.seed, self.replies = tokenizer, max_length, seed, replies
         self.requests: dict[str, Request] = {}
         self.samples = 1
-        eos = tokenizer.decode(tokenizer.eos_token_id)
-        self.eos = eos or tokenizer.eos_token
+        self.eos = tokenizer.decode([self.eot_token_id]) or tokenizer.eos_token
 
     # --- text to tokens ---------------------------------------------------------------------------------------
     @property
     def eot_token_id(self) -> int:
-        return int(self.tokenizer.eos_token_id)
+        eos = self.tokenizer.eos_token_id
+        return turn_end(self.tokenizer) if eos is None else int(eos)
 
     @property
     def prefix_token_id(self) -> int:

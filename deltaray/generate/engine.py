@@ -18,6 +18,7 @@ import itertools
 import logging
 import os
 import queue
+import tempfile
 import threading
 from collections.abc import Mapping
 from concurrent.futures import Future
@@ -30,6 +31,7 @@ from deltaray.generate.spec import EngineSpec
 from deltaray.generate.stall import StallWatch
 from deltaray.generate.weights import Adapters, check_same_model, load_weights
 from deltaray.imports import quick_imports
+from deltaray.tokenizer.serve import tokenizer_arguments
 
 log = logging.getLogger(__name__)
 
@@ -95,7 +97,9 @@ class _Stepper:
             from vllm.v1.engine.llm_engine import LLMEngine
 
         # LLM_CLASS: vLLM's larger batch defaults for offline work.
-        self.engine = LLMEngine.from_engine_args(EngineArgs(**spec.arguments), UsageContext.LLM_CLASS)
+        self.folder = tempfile.TemporaryDirectory(prefix="deltaray-tokenizer-", ignore_cleanup_errors=True)
+        arguments = spec.arguments | tokenizer_arguments(spec.arguments, self.folder.name)
+        self.engine = LLMEngine.from_engine_args(EngineArgs(**arguments), UsageContext.LLM_CLASS)
         self.metrics = EngineMetrics(spec.model)
         self.metrics.attach(self.engine)
         self.watch = StallWatch(spec.stall_seconds, spec.model)

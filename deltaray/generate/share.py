@@ -83,6 +83,8 @@ def _architecture(model: str) -> str:
     config = AutoConfig.from_pretrained(spec.model, trust_remote_code=spec.trust_remote_code).to_dict()
     for name in COSMETIC:
         config.pop(name, None)
-    tokenizer = load_tokenizer(spec, "model").backend_tokenizer.to_str()
-    text = json.dumps(config, sort_keys=True, default=str) + tokenizer
+    tokenizer = load_tokenizer(spec, "model")
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    spoken = backend.to_str() if backend else json.dumps([type(tokenizer).__name__, tokenizer.get_vocab()])
+    text = json.dumps(config, sort_keys=True, default=str) + spoken
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -18,7 +18,7 @@ from deltaray.prompts.shards import read_rows, shard_name
 from deltaray.prompts.turns import full_turns
 from deltaray.recipe.models import Model, Teacher
 from deltaray.store import Store
-from deltaray.tokenizer import load_tokenizer
+from deltaray.tokenizer import load_tokenizer, turn_end
 
 Unit = dict[str, Any]
 """What one call of an engine answers and one commit holds. From the planner: unit_id, name (who is counted), model,
@@ -152,6 +152,7 @@ def load_unit(store: Store, unit: Unit) -> Unit:
     token_ids, refused = render(teacher, messages, tools)
     return {
         **unit,
+        "sampling": ended(teacher, unit["sampling"]),
         "prompt_ids": [row["prompt_id"] for row in rows],
         "messages": messages,
         "tools": tools,
@@ -168,6 +169,20 @@ def render(
     if teacher.endpoint is not None:
         return [[] for _ in messages], [None for _ in messages]
     return prompts_ids(tokenizer_of(teacher), messages, tools)
+
+
+def ended(teacher: Teacher, sampling: str) -> str:
+    """The sampling settings with the token that ends a turn of the teacher's template, where it has one.
+
+    vLLM also stops at the ends in the model's `generation_config.json`, but not every model names this one there.
+    """
+    if teacher.endpoint is not None:
+        return sampling
+    try:
+        end = turn_end(tokenizer_of(teacher))
+    except ValueError:  # of a template that takes no answers
+        return sampling
+    return json.dumps(json.loads(sampling) | {"stop_token_ids": [end]})
 
 
 def with_system(messages: list[Message], system: str | None) -> list[Message]:

@@ -71,7 +71,7 @@ def _check_end(tokenizer: Any, model: Model, key: str) -> None:
     if isinstance(model, RewardModel):
         return
     try:
-        end = tokenizer.convert_ids_to_tokens(turn_end(tokenizer)[-1])
+        end = tokenizer.convert_ids_to_tokens(turn_end(tokenizer))
     except ValueError:
         end = None
     if isinstance(model, Student) and tokenizer.eos_token_id is None:

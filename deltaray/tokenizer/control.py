@@ -58,8 +58,13 @@ def written(tokenizer: Any, *turns: tuple[str, str], last: Mapping[str, str] | N
     return str(text)
 
 
+def turn_end(tokenizer: Any) -> int:
+    """The id after which an answer is over: the last of `turn_end_ids`."""
+    return turn_end_ids(tokenizer)[-1]
+
+
 @kept_with_template
-def turn_end(tokenizer: Any) -> tuple[int, ...]:
+def turn_end_ids(tokenizer: Any) -> tuple[int, ...]:
     """The ids with which the template ends the last answer of a conversation; the tokenizer's end token if with none.
 
     Mostly one. Several where they follow each other directly (Command R7B ends the response, then the turn).

@@ -30,7 +30,7 @@ def load_tokenizer(model: Model, key: str) -> Any:
             names the recipe's section.
     """
     try:
-        tokenizer = _as_the_files_say(model, key)
+        tokenizer = as_the_files_say(model, key)
     except UserError:
         raise
     except Exception as error:  # besides OSError and ValueError: what tokenizers and a model's own code raise
@@ -53,8 +53,12 @@ def is_replaced(tokenizer: Any) -> bool:
 
 
 # --- as the files say -------------------------------------------------------------------------------------------
-def _as_the_files_say(model: Model, key: str) -> Any:
-    """AutoTokenizer's where that does what `tokenizer.json` says, else one built straight from the file."""
+def as_the_files_say(model: Model, key: str) -> Any:
+    """AutoTokenizer's where that does what `tokenizer.json` says, else one built straight from the file.
+
+    Raises:
+        UserError: neither does. Also what transformers raises where there is no tokenizer.
+    """
     file = model_file(model, TOKENIZER)
     if file is None and (tekken := model_file(model, TEKKEN)) is not None:
         return _marked(_of_tekken(tekken))

@@ -108,10 +108,10 @@ class Answering:
 
 
 def _end_ids(model: Any, tokenizer: Any) -> list[int]:
-    """The end of the template's turn first, then what else the model's own generation settings stop at."""
+    """The end of the template's turn first, then the tokenizer's, and what else the model's own settings stop at."""
     stated = getattr(model.generation_config, "eos_token_id", None)
     others = stated if isinstance(stated, list) else [stated]
-    ends = (turn_end(tokenizer)[-1], tokenizer.eos_token_id, *others)
+    ends = (turn_end(tokenizer), tokenizer.eos_token_id, *others)
     return list(dict.fromkeys(int(end) for end in ends if end is not None))
 
 

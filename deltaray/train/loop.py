@@ -97,7 +97,7 @@ def _read(job: Job, run: TrainingRun) -> tuple[Any, Data | None, Exception | Non
     refusal: Exception | None = None
     try:
         tokenizer = load_tokenizer(student, "student")
-        data = read_data(job.store, run, student, turn_end(tokenizer)[-1], job.training.heldout)
+        data = read_data(job.store, run, student, turn_end(tokenizer), job.training.heldout)
         if not len(data.train):
             refusal = StageError(
                 f"{run.name}: no pairs to train on in {', '.join(run.pairings)}: {_what_became(data.counts)}"
@@ -170,7 +170,7 @@ class _Session:
     def _pad_id(self) -> int:
         """Padding is masked everywhere, so any id will do where a tokenizer names none."""
         known = self.tokenizer.pad_token_id
-        return int(known if known is not None else turn_end(self.tokenizer)[-1])
+        return int(known if known is not None else turn_end(self.tokenizer))
 
     def _vocabulary(self) -> int:
         return int(self.trainer.engine.module.model.config.get_text_config().vocab_size)
