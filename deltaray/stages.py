@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from deltaray.errors import UserError
-from deltaray.generate.answer import Work
+from deltaray.generate.answer import Work, refuse_failed
 from deltaray.generate.units import responses_in
 from deltaray.recipe import Study
 from deltaray.recipe.study import TrainingRun
@@ -48,6 +48,7 @@ class Stages:
         works = teacher_work(self.study, self.store, self.retry_failed)
         if all(work.finished for work in works):
             rows = sum(self.store.count_rows(work.assignment.destination) for work in works)
+            refuse_failed(self.store, works, self.study.recipe.failures, partial(self.runner.say, "generate"))
             return self.runner.nothing("generate", f"{rows:,} responses are stored")
         left = sum(responses_in(work.units) for work in works)
         with self.runner.stage("generate", "responses", left) as progress:

@@ -17,7 +17,7 @@ from deltaray.chat import load_tokenizer, prompts_ids
 from deltaray.contracts import EXTENSIONS, PROMPTS
 from deltaray.extend.rules import drawn_kind, echoes, extended_row
 from deltaray.extend.talk import KIND, TalkSpec
-from deltaray.generate.answer import Work, answer, work_of
+from deltaray.generate.answer import Work, answer, refuse_failed, work_of
 from deltaray.generate.identity import generation_identity, identity_digest
 from deltaray.generate.pools import OnRows, error_of
 from deltaray.generate.stage import seeded
@@ -94,6 +94,7 @@ def extend(
     make_table = partial(extensions_table, student, section.max_tokens)
     around = partial(TalkSpec, section=section)
     answer(store, works, capacity, make_table, EXTENSIONS, study.recipe.failures, on_rows, say, around)
+    refuse_failed(store, works, study.recipe.failures, say)
 
 
 def _section(study: Study) -> Extensions:
