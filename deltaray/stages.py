@@ -77,6 +77,7 @@ class Stages:
                 with self.runner.stage("extend", "conversations", left) as progress:
                     say = partial(self.runner.say, "extend")
                     extend(self.study, self.store, works, self.runner.ray(), progress.update, say)
+        refuse_failed(self.store, works, self.study.recipe.failures, partial(self.runner.say, "extend"))
         self.runner.say("extend", conclusion(store_extended(self.study, self.store)))
 
     def score(self) -> None:
@@ -96,7 +97,7 @@ class Stages:
     def _complete_scores(self, sides: list[tuple[str, str]]) -> bool:
         """Scores what is missing of (scorer, teacher); whether anything was."""
         from deltaray.score.judging import forget_failed
-        from deltaray.score.stage import missing_scores, score
+        from deltaray.score.stage import missing_scores, refuse_unscored, score
 
         if self.retry_failed:
             forget_failed(self.store, sides)
@@ -106,6 +107,8 @@ class Stages:
             with self.runner.stage("score", "scores", left) as progress:
                 say = partial(self.runner.say, "score")
                 score(self.study, self.store, sides, self.runner.ray(), progress.update, say, self.retry_failed)
+        folders = {f"{scorer} {teacher}": Store.scores(scorer, teacher) for scorer, teacher in sides}
+        refuse_unscored(self.store, folders, self.study.recipe.failures, partial(self.runner.say, "score"))
         return bool(units)
 
     def pair(self) -> None:

@@ -30,6 +30,8 @@ from deltaray.generate.spec import EngineSpec
 from deltaray.generate.stall import StallWatch
 from deltaray.generate.weights import Adapters, check_same_model, load_weights
 from deltaray.imports import quick_imports
+from deltaray.runtime import lastwords
+from deltaray.runtime.failures import reason_of
 
 log = logging.getLogger(__name__)
 
@@ -123,8 +125,9 @@ class _Stepper:
                 stepper.admit()
                 if stepper.running:
                     stepper.step()
-        except BaseException:
+        except BaseException as error:
             log.exception("the engine of %s broke; ending its process", spec.model)
+            lastwords.leave(f"the engine of {spec.model} broke", error)
             os._exit(1)
         stepper.engine.engine_core.shutdown()
 
@@ -204,7 +207,7 @@ class _Stepper:
             self.engine.add_request(name, {"prompt_token_ids": ids}, parameters, lora_request=job.adapter)
             self.running[name] = (job, prompt, place)
         except self.refusals as error:
-            self.answer(job, prompt, place, failed(str(error)))
+            self.answer(job, prompt, place, failed(str(error) or reason_of(error)))
 
     def step(self) -> None:
         """One step of the running batch; with FINAL_ONLY vLLM returns just the requests that ended in it."""
@@ -212,9 +215,12 @@ class _Stepper:
             results = self.engine.step()
         for result in results:
             job, prompt, place = self.running.pop(result.request_id)
-            output = output_of(result.outputs[0]) | prompt_logprobs(result)
-            if job.splitter:
-                output = job.splitter.divide(output, job.unit["token_ids"][prompt])
+            try:
+                output = output_of(result.outputs[0]) | prompt_logprobs(result)
+                if job.splitter:
+                    output = job.splitter.divide(output, job.unit["token_ids"][prompt])
+            except BaseException as error:
+                output = failed(reason_of(error))
             self.answer(job, prompt, place, output)
 
     def answer(self, job: _Job, prompt: int, place: int, output: Output) -> None:

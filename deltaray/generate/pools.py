@@ -31,6 +31,10 @@ REMEDY = (
     "failures.max_share"
 )
 
+EMPTY = "empty answer"
+"""The kind of error of a model that had nothing to say."""
+AGAIN = "fix the cause and run the same command, which does it again, or raise failures.max_share"
+
 
 @dataclass(frozen=True)
 class Pool:
@@ -120,7 +124,7 @@ def error_of(output: dict[str, Any]) -> str | None:
     if output["text"].strip():
         return None
     cut = output["reasoning"] is not None and output["finish_reason"] == "length"
-    return "empty answer: the reasoning was cut at max_tokens" if cut else "empty answer"
+    return f"{EMPTY}: the reasoning was cut at max_tokens" if cut else EMPTY
 
 
 class _Progress:

@@ -19,7 +19,9 @@ POINTER = re.compile(r"see (?:the )?(?:root cause|stack ?trace|logs?|error|above
 """Messages that send the reader elsewhere."""
 AFTERMATH = re.compile(r"(?:\w+\.)*(?:BrokenPipe|ConnectionReset|EOF|Cancelled)Error\b|SystemExit|KeyboardInterrupt")
 """What other processes raise because one has died."""
-ADVICE = re.compile(r"^(?:To change retry attempts|For further information visit|During handling of|Set the environment)")
+ADVICE = re.compile(
+    r"^(?:To change retry attempts|For further information visit|During handling of|Set the environment)"
+)
 LINKS = (
     "The above exception was the direct cause of the following exception:",
     "During handling of the above exception, another exception occurred:",
@@ -158,7 +160,9 @@ def _inner(error: BaseException) -> BaseException | None:
 
 def _name(error: BaseException) -> str:
     kind = type(error)
-    return kind.__qualname__ if kind.__module__ in ("builtins", "__main__") else f"{kind.__module__}.{kind.__qualname__}"
+    return (
+        kind.__qualname__ if kind.__module__ in ("builtins", "__main__") else f"{kind.__module__}.{kind.__qualname__}"
+    )
 
 
 def _place(error: BaseException) -> str:

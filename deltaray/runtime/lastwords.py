@@ -4,12 +4,11 @@ Ray tells of an actor that has died only that it has. Its words are in a file of
 put into the cluster's key-value store, under a key that the command has given to the pool.
 """
 
-import os
 import traceback
 from contextlib import suppress
 from pathlib import Path
 
-from deltaray.runtime.failures import cause_of, is_told, telling, raised_in
+from deltaray.runtime.failures import WRAPPER, cause_of, is_told, raised_in, telling
 
 NAMESPACE = b"deltaray"
 TAIL = 24 << 10
@@ -38,21 +37,26 @@ def leave(what: str, error: BaseException | None = None) -> None:
 def root_cause(error: BaseException, printed: str) -> str:
     """The error's cause; where it only says that a child process has died, what that process printed. Pure."""
     if not is_told(error):
-        known = [it for it in raised_in(printed)]
-        if known and (found := telling(known)):
-            return found[-1].shown()
+        known = telling(raised_in(printed))
+        if known and not WRAPPER.match(known[-1].name):
+            return known[-1].shown()
     return cause_of(error)
 
 
 def left(key: str) -> tuple[str, str] | None:
-    """(the cause in few lines, everything) of the words under `key`, which are taken away; None if there are none."""
+    """(the cause in few lines, everything) of the words under `key`; None if there are none."""
     with suppress(Exception):
         words = _get(key)
-        _delete(key)
         if words is not None:
             cause, _, everything = words.partition("\0")
             return cause, everything
     return None
+
+
+def forget(key: str) -> None:
+    """Removes all that was kept under `key`."""
+    with suppress(Exception):
+        _delete(key)
 
 
 # --- how often an actor has started -------------------------------------------------------------------------------
@@ -66,8 +70,7 @@ def count_start() -> int:
 
 
 def forget_starts() -> None:
-    with suppress(Exception):
-        _delete(_starts_key())
+    forget(_starts_key())
 
 
 def _starts_key() -> str:
@@ -100,7 +103,7 @@ def _delete(key: str) -> None:
 def _printed() -> str:
     """The end of the file that this process's standard error goes to; its children write there, too."""
     with suppress(OSError):
-        file = Path(os.readlink("/proc/self/fd/2"))
+        file = Path("/proc/self/fd/2").readlink()
         if file.is_file():
             with file.open("rb") as source:
                 source.seek(max(0, file.stat().st_size - TAIL))

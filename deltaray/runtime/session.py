@@ -74,8 +74,9 @@ def address_of(cluster: Cluster) -> str | None:
 
 def others_here() -> dict[str, str]:
     """Where a Ray is named that a study without `cluster.address` does not use: address -> what names it."""
-    found = {os.environ.get("RAY_ADDRESS", ""): "RAY_ADDRESS"}
-    file = Path(os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp", "ray", "ray_current_cluster")
+    from ray._common.utils import get_ray_address_file
+
+    found, file = {os.environ.get("RAY_ADDRESS", ""): "RAY_ADDRESS"}, Path(get_ray_address_file(None))
     with suppress(OSError):
         found.setdefault(file.read_text().strip(), str(file))
     return {address: where for address, where in found.items() if address}
@@ -150,8 +151,8 @@ def _join_or_start(cluster: Cluster) -> None:
         if address is None:
             raise
         raise UserError(
-            f"cluster.address: the Ray at {address} cannot be joined: {cause_of(error)}\nstart it, correct the address, "
-            "or leave cluster.address out: then the study starts a Ray of its own on this machine"
+            f"cluster.address: the Ray at {address} cannot be joined: {cause_of(error)}\nstart it, correct the "
+            "address, or leave cluster.address out: then the study starts a Ray of its own on this machine"
         ) from error
 
 

@@ -32,7 +32,7 @@ class Tally:
 
     def is_too_much(self, max_share: float) -> bool:
         """All rows, or more than the share, however few there are."""
-        return 0 < self.failed and (self.failed == self.rows or self.failed > max_share * self.rows)
+        return self.failed > 0 and (self.failed == self.rows or self.failed > max_share * self.rows)
 
     def told(self) -> str:
         return f"{self.name}: {self.failed:,} of {self.rows:,} {self.unit} failed"
