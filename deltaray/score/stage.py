@@ -21,7 +21,7 @@ from deltaray.score.response import FAILED, NOT_ASKED, UNPARSABLE, Score, scored
 from deltaray.store import Store
 
 REMEDY = (
-    "fix the cause and run the command again with --retry-failed, which scores again what failed, or raise "
+    "fix the cause and run `deltaray score RECIPE --retry-failed`, which scores again what failed, or raise "
     "failures.max_share"
 )
 Side = tuple[str, str]
