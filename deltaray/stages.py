@@ -45,16 +45,18 @@ class Stages:
         from deltaray.generate.stage import generate, teacher_work
 
         self._extend()
-        works = teacher_work(self.study, self.store, self.retry_failed)
-        if all(work.finished for work in works):
+        say = partial(self.runner.say, "generate")
+        worked = False
+        for retry in (False, True)[: 1 + self.retry_failed]:
+            works = teacher_work(self.study, self.store, retry)
+            if not all(work.finished for work in works):
+                worked, left = True, sum(responses_in(work.units) for work in works)
+                with self.runner.stage("generate", "responses", left) as progress:
+                    generate(self.study, self.store, works, self.runner.ray(), progress.update, say)
+        if not worked:
             rows = sum(self.store.count_rows(work.assignment.destination) for work in works)
-            refuse_failed(self.store, works, self.study.recipe.failures, partial(self.runner.say, "generate"))
-            return self.runner.nothing("generate", f"{rows:,} responses are stored")
-        left = sum(responses_in(work.units) for work in works)
-        with self.runner.stage("generate", "responses", left) as progress:
-            generate(
-                self.study, self.store, works, self.runner.ray(), progress.update, partial(self.runner.say, "generate")
-            )
+            self.runner.nothing("generate", f"{rows:,} responses are stored")
+        refuse_failed(self.store, works, self.study.recipe.failures, say)
 
     def _extend(self) -> None:
         """The conversations that some prompts become, which is what the teachers then answer."""

@@ -27,8 +27,8 @@ OnRows = Callable[[str, int, int, int, str], None]
 OnUnit = Callable[[Unit], None]
 """Told of every unit that is committed."""
 REMEDY = (
-    "the failed rows are recorded: fix the cause and run `deltaray generate RECIPE --retry-failed`, or raise "
-    "failures.max_share"
+    "the failed rows are recorded: fix the cause and run `deltaray generate RECIPE --retry-failed` (`deltaray score` "
+    "where a judge failed), or raise failures.max_share"
 )
 
 EMPTY = "empty answer"

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pyarrow as pa
 
 from deltaray.contracts import RESPONSES
-from deltaray.generate.answer import Work, answer, refuse_failed, work_of
+from deltaray.generate.answer import Work, answer, work_of
 from deltaray.generate.identity import generation_identity, identity_digest
 from deltaray.generate.pools import OnRows, error_of
 from deltaray.generate.units import Assignment, Unit
@@ -55,7 +55,6 @@ def generate(
         StageError: too many of a teacher's responses failed; what is committed stays.
     """
     answer(store, works, capacity, responses_table, RESPONSES, study.recipe.failures, on_rows, say)
-    refuse_failed(store, works, study.recipe.failures, say)
 
 
 def responses_table(unit: Unit) -> pa.Table:
