@@ -161,7 +161,10 @@ class Endpoint:
 
     async def _answer(self, unit: Mapping[str, Any], place: int, sample: int) -> Output:
         """One answer. The slot is kept through the pauses, so that a troubled server is asked less."""
-        body = request_body(unit, place, sample, self._spec.body)
+        try:
+            body = request_body(unit, place, sample, self._spec.body)
+        except BaseException as error:
+            return failed(reason_of(error))
         async with self._slots:
             attempt = 0
             while isinstance(result := await self._attempt(unit, body), Trouble):

@@ -201,19 +201,26 @@ class _Stepper:
 
     def request(self, job: _Job, prompt: int, place: int, parameters: Any) -> None:
         """Asks for one answer; a prompt that vLLM refuses (too long, empty, unknown token) is answered at once."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
         name = str(next(self.names))
         ids = [int(token) for token in job.unit["token_ids"][prompt]]
         try:
             self.engine.add_request(name, {"prompt_token_ids": ids}, parameters, lora_request=job.adapter)
             self.running[name] = (job, prompt, place)
-        except self.refusals as error:
-            self.answer(job, prompt, place, failed(str(error) or reason_of(error)))
+        except EngineDeadError:
+            raise
+        except BaseException as error:
+            refused = isinstance(error, self.refusals) and str(error)
+            self.answer(job, prompt, place, failed(refused or reason_of(error)))
 
     def step(self) -> None:
         """One step of the running batch; with FINAL_ONLY vLLM returns just the requests that ended in it."""
         with self.watch.step():
             results = self.engine.step()
         for result in results:
+            if result.request_id not in self.running:  # one that vLLM refused halfway
+                continue
             job, prompt, place = self.running.pop(result.request_id)
             try:
                 output = output_of(result.outputs[0]) | prompt_logprobs(result)

@@ -51,18 +51,20 @@ class Runner:
         """
         try:
             work()
-        except UserError:
+        except (UserError, KeyboardInterrupt, SystemExit, GeneratorExit):
             raise
-        except Exception as error:
+        except BaseException as error:  # a panic of Rust code is no `Exception`
             if type(error) is not StageError or error.__cause__ is not None:
                 import traceback
 
                 with suppress(OSError):  # the disk may be full
                     traceback.print_exc()  # descriptor 2 is the log here
             failure = failure_of(stage, error, log)
-            if failure is error:
+            if failure is not error:
+                raise failure from error
+            if error.__cause__ is None or "the log is " in str(error):
                 raise
-            raise failure from error
+            raise StageError(f"{error}\nthe log is {log}") from error
 
     @contextmanager
     def stage(self, stage: str, unit: str, left: int, shown: str | None = None) -> Iterator[StageProgress]:
