@@ -5,8 +5,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 
-from deltaray.errors import first_line, is_of_row
 from deltaray.prompts.turns import short
+from deltaray.runtime.failures import reason_of
 from deltaray.tokenizer.render import ControlTokenError, foreign_tokens, rendered_ids
 
 Message = dict[str, Any]
@@ -93,13 +93,11 @@ def refusal_of(error: BaseException) -> str:
     """Why a template or a tokenizer refuses a row; templates raise what they like.
 
     Raises:
-        BaseException: the error itself, where it has nothing to do with the row (an interrupt, say).
+        BaseException: the error itself, where it concerns more than the row (an interrupt, say).
     """
-    if not is_of_row(error):
-        raise error
     if isinstance(error, RefusedError | ControlTokenError):
         return str(error)
-    return f"the chat template refuses it: {first_line(error)}"
+    return f"the chat template refuses it: {reason_of(error)}"
 
 
 def _render(tokenizer: Any, messages: Any, tokenize: bool = True, **options: Any) -> Any:

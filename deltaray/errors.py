@@ -20,8 +20,3 @@ class StageError(Exception):
 def first_line(error: BaseException) -> str:
     """What an error says, in one line; its kind where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def is_of_row(error: BaseException) -> bool:
-    """Whether an error that a row caused stays that row's failure. Panics of Rust libraries are no `Exception`."""
-    return isinstance(error, Exception) or type(error).__name__ == "PanicException"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from deltaray.errors import UserError
-from deltaray.generate.answer import Work
+from deltaray.generate.answer import Work, refuse_failed
 from deltaray.generate.units import responses_in
 from deltaray.recipe import Study
 from deltaray.recipe.study import TrainingRun
@@ -45,15 +45,18 @@ class Stages:
         from deltaray.generate.stage import generate, teacher_work
 
         self._extend()
-        works = teacher_work(self.study, self.store, self.retry_failed)
-        if all(work.finished for work in works):
+        say = partial(self.runner.say, "generate")
+        worked = False
+        for retry in (False, True)[: 1 + self.retry_failed]:
+            works = teacher_work(self.study, self.store, retry)
+            if not all(work.finished for work in works):
+                worked, left = True, sum(responses_in(work.units) for work in works)
+                with self.runner.stage("generate", "responses", left) as progress:
+                    generate(self.study, self.store, works, self.runner.ray(), progress.update, say)
+        if not worked:
             rows = sum(self.store.count_rows(work.assignment.destination) for work in works)
-            return self.runner.nothing("generate", f"{rows:,} responses are stored")
-        left = sum(responses_in(work.units) for work in works)
-        with self.runner.stage("generate", "responses", left) as progress:
-            generate(
-                self.study, self.store, works, self.runner.ray(), progress.update, partial(self.runner.say, "generate")
-            )
+            self.runner.nothing("generate", f"{rows:,} responses are stored")
+        refuse_failed(self.store, works, self.study.recipe.failures, say)
 
     def _extend(self) -> None:
         """The conversations that some prompts become, which is what the teachers then answer."""
@@ -76,6 +79,7 @@ class Stages:
                 with self.runner.stage("extend", "conversations", left) as progress:
                     say = partial(self.runner.say, "extend")
                     extend(self.study, self.store, works, self.runner.ray(), progress.update, say)
+        refuse_failed(self.store, works, self.study.recipe.failures, partial(self.runner.say, "extend"))
         self.runner.say("extend", conclusion(store_extended(self.study, self.store)))
 
     def score(self) -> None:
@@ -95,7 +99,7 @@ class Stages:
     def _complete_scores(self, sides: list[tuple[str, str]]) -> bool:
         """Scores what is missing of (scorer, teacher); whether anything was."""
         from deltaray.score.judging import forget_failed
-        from deltaray.score.stage import missing_scores, score
+        from deltaray.score.stage import missing_scores, refuse_unscored, score
 
         if self.retry_failed:
             forget_failed(self.store, sides)
@@ -105,6 +109,8 @@ class Stages:
             with self.runner.stage("score", "scores", left) as progress:
                 say = partial(self.runner.say, "score")
                 score(self.study, self.store, sides, self.runner.ray(), progress.update, say, self.retry_failed)
+        folders = {f"{scorer} {teacher}": Store.scores(scorer, teacher) for scorer, teacher in sides}
+        refuse_unscored(self.store, folders, self.study.recipe.failures, partial(self.runner.say, "score"))
         return bool(units)
 
     def pair(self) -> None:

@@ -132,21 +132,7 @@ def _failed(store: Store, destination: str) -> dict[str, int]:
     """Failed rows by reason, in what is published and what waits; only columns that hold an error are read."""
     waiting = [path for path in store.listing(f"{UNITS}/{destination}") if f"{RETRY}/" not in path]
     files = [*store.committed(destination), *waiting]
-    footers = together(store.footer, files)
-    return failures(store, [path for path, footer in zip(files, footers, strict=True) if _may_hold_errors(footer)])
-
-
-def _may_hold_errors(footer: Any) -> bool:
-    """Whether the column `error` has a value, as far as the footer's statistics tell."""
-    groups = [footer.row_group(number) for number in range(footer.num_row_groups)]
-    columns = [group.column(number) for group in groups for number in range(group.num_columns)]
-    of_errors = [column for column in columns if column.path_in_schema == "error"]
-    return any(
-        not column.is_stats_set
-        or not column.statistics.has_null_count
-        or column.statistics.null_count < column.num_values
-        for column in of_errors
-    )
+    return failures(store, files)
 
 
 # --- what the user sees -----------------------------------------------------------------------------------------

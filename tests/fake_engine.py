@@ -18,6 +18,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from deltaray.runtime import lastwords
+
 VARIABLE = "FAKE_ENGINE"
 SLOW = 15.0
 """Seconds a unit takes in a pool that has not grown yet."""
@@ -31,6 +33,7 @@ class Behaviour:
     failing: float = 0.0  # share of the rows that fail, always the same ones
     marks: str | None = None  # a folder in which every unit leaves a line when it starts
     freezes: bool = False  # whoever starts the first unit stops his process in the middle of it; needs marks
+    breaks: str | None = None  # every process ends itself at its first unit, with these words
     replicas: int = 1  # a replica answers two units quickly, and more when the pool has so many that have marked one
 
     def variable(self) -> dict[str, str]:
@@ -64,6 +67,9 @@ class FakeEngine:
 
     async def generate(self, unit: Mapping[str, Any]) -> list[list[dict[str, Any]]]:
         self.units += 1
+        if self.behaviour.breaks:
+            lastwords.leave("the fake engine broke", RuntimeError(self.behaviour.breaks))
+            os._exit(1)
         if self.behaviour.marks:
             _mark(Path(self.behaviour.marks), unit)
             if self.behaviour.freezes:

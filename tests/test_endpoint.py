@@ -1,6 +1,7 @@
 """The endpoint teacher against a real HTTP server that speaks chat completions and misbehaves on schedule."""
 
 import asyncio
+import json
 import logging
 import pickle
 import random
@@ -24,8 +25,9 @@ from completions_server import (
 
 from deltaray.errors import StageError, UserError
 from deltaray.generate import completions
-from deltaray.generate.completions import retry_after, split_reasoning
+from deltaray.generate.completions import output_of, retry_after, split_reasoning
 from deltaray.generate.endpoint import EndpointSpec, Pace, check_endpoint
+from deltaray.generate.finish import FINISH
 from deltaray.recipe.models import Endpoint
 
 
@@ -275,6 +277,78 @@ def test_what_a_completion_becomes() -> None:
     fields = ("text", "reasoning", "finish_reason", "error")
     assert [tuple(output[field] for field in fields) for [output] in outputs] == expected
     assert plain["text"].startswith("<think>")  # a teacher without `reasoning` keeps its text
+
+
+@pytest.mark.parametrize(
+    ("word", "becomes"),
+    [
+        *(
+            (word, "stop")
+            for word in ("eos", "eos_token", "end_turn", "stop_sequence", "STOP", "COMPLETE", "completed")
+        ),
+        *(
+            (word, "length")
+            for word in ("max_tokens", "MAX_TOKENS", "model_length", "Length", "FINISH_REASON_MAX_TOKENS")
+        ),
+        *((word, "error") for word in ("SAFETY", "refusal", "content-filter", "tool_use", "abort", "OTHER")),
+    ],
+)
+def test_the_words_of_other_servers_are_known(word: str, becomes: str) -> None:
+    output = output_of(json.loads(completion("four", word)[2]), False)
+    assert output["finish_reason"] == becomes
+    assert output["text"] == ("" if becomes == "error" else "four")
+    assert output["error"] == (f"the server ended the answer: {word}" if becomes == "error" else None)
+
+
+def test_a_word_that_is_not_known_is_quoted() -> None:
+    error = output_of(json.loads(completion("four", "zapped")[2]), False)["error"]
+    assert "unknown" in error and "'zapped'" in error
+    assert not {word for word in FINISH if word != word.casefold() or "-" in word or " " in word}
+
+
+def test_without_a_word_the_number_of_tokens_tells_how_an_answer_ended() -> None:
+    reply = json.loads(completion("four", None)[2])  # the server has counted 7 tokens
+    assert output_of(reply, False, 8)["finish_reason"] == "stop"
+    assert output_of(reply, False, 7)["finish_reason"] == "length"
+    assert "no finish_reason" in output_of(reply, False)["error"]
+    del reply["usage"], reply["choices"][0]["finish_reason"]
+    assert "no finish_reason" in output_of(reply, False, 8)["error"]
+
+
+def test_an_error_inside_a_good_answer_is_quoted_and_treated_by_its_code() -> None:
+    inside = {"code": 502, "message": "the provider is away"}
+    broken = {"choices": [{"finish_reason": "error", "message": {"content": ""}, "error": inside}]}
+    assert output_of(broken, False)["error"] == "the server ended the answer: error: the provider is away (code 502)"
+
+    def script(request: dict[str, Any], attempt: int) -> Reply:
+        busy = [ok(broken), ok({"error": {"code": 429, "message": "slow down"}}), ok({"error": "who are you"})]
+        name = prompt_of(request)
+        if name == "p1":
+            return busy[attempt] if attempt < len(busy) else echo(request, attempt)
+        return (
+            ok({"error": {"code": 400, "message": f"{name} is too long"}}) if name == "p2" else echo(request, attempt)
+        )
+
+    with serving(script) as (server, url):
+        [outputs] = ask(url, unit(0, 4), retries=5)
+    assert [output["error"] for [output] in outputs] == [None, None, "p2 is too long (code 400)", None]
+    assert len(server.requests) == 4 + 3
+    with serving(lambda *_: ok({"error": {"code": 401, "message": "no such key"}})) as (server, url):
+        with pytest.raises(StageError, match="no such key"):
+            ask(url, unit(0, 100), in_flight=2)
+        assert len(server.requests) <= 2
+
+
+def test_a_reply_that_nobody_would_expect_fails_its_row_alone() -> None:
+    odd = {"choices": [{"finish_reason": {"type": "stop"}, "message": {"content": "four"}}]}
+    refused = completion(None, refusal="I will not")
+    replies = {"p1": ok(odd), "p2": completion(None, content=["four"]), "p3": refused}
+
+    with serving(lambda request, attempt: replies.get(prompt_of(request)) or echo(request, attempt)) as (_, url):
+        [outputs] = ask(url, unit(0, 5), retries=0)
+    errors = [output["error"] for [output] in outputs]
+    assert errors[0] is None and errors[4] is None and "unknown" in errors[1]
+    assert errors[2] == "the server's answer is not one text" and errors[3] == "the server refused: I will not"
 
 
 def test_reasoning_is_split_where_it_ends() -> None:

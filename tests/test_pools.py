@@ -13,6 +13,7 @@ from fake_engine import Behaviour, FakeSpec
 from tiny_model import save_tiny
 
 from deltaray.contracts import RESPONSES
+from deltaray.errors import StageError
 from deltaray.generate import share
 from deltaray.generate.answer import Work, answer, work_of
 from deltaray.generate.pools import Pool, describe
@@ -87,8 +88,23 @@ def test_a_failure_is_told_by_its_cause_and_not_by_what_ray_wraps_around_it(ray_
 
     with pytest.raises(ray.exceptions.RayError) as met:
         list(stream_units([{"name": "t", "model": "m", "rows": [0], "samples": [0]}], FakeSpec(), broken, broken))
-    assert cause_of(met.value) == "TimeoutError: the store"
-    assert cause_of(ValueError("a value\nan error of two lines")) == "ValueError: an error of two lines"
+    assert cause_of(met.value) == "TimeoutError: the store\ndid not answer"
+
+
+def test_an_engine_that_breaks_at_every_start_is_given_up_with_its_own_words(
+    ray_session: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Ray itself says no more than that the actor is out of reach."""
+    unit = {
+        "name": "t", "model": "m", "rows": [0], "samples": [0], "prompt_ids": ["p"], "refused": [None],
+        "messages": [[]], "tools": [None], "token_ids": [[1]], "sampling": "{}",
+    }  # fmt: skip
+    spec = FakeSpec(Behaviour(breaks="no kernel for heads of 7"))
+    with pytest.raises(StageError) as met:
+        list(stream_units([unit], spec, lambda unit: unit, lambda unit: unit))
+    assert str(met.value).startswith("the fake engine broke: RuntimeError: no kernel for heads of 7\n")
+    assert "run the same command again to resume" in str(met.value)
+    assert "RuntimeError: no kernel for heads of 7" in capfd.readouterr().err  # in the log, when a command runs
 
 
 def test_what_runs_together_is_said_before_it_runs() -> None:

@@ -19,7 +19,7 @@ Overrides = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable output on stdout.")]
 RetryFailed = Annotated[
     bool,
-    typer.Option("--retry-failed", help="Also tries again what failed earlier: responses, judges, trials."),
+    typer.Option("--retry-failed", help="Also tries again what failed earlier: responses, scores, trials."),
 ]
 Out = Annotated[str, typer.Argument(metavar="OUT", help="A study's output: a folder, or s3://… and the like.")]
 

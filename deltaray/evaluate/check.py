@@ -14,7 +14,7 @@ from deltaray.prompts.formats import open_rows, place
 from deltaray.recipe.check_pairing import unknown
 from deltaray.recipe.study import Study
 from deltaray.score.registry import SCORERS
-from deltaray.score.response import Response
+from deltaray.score.response import Response, scored
 from deltaray.search.corpus import check_corpus
 
 KEY = "evaluation.harness"
@@ -41,8 +41,8 @@ def check_answers(study: Study, task: str, source: PromptSource, rows: Sequence[
         found = None if row["answer"] is None else Response("", "", row["answer"], messages)
         note = "it has no `answer`" if found is None else None
         if found is not None and spec.kind not in RUNNING:
-            scored = function(found)
-            note = scored.note or "no score" if scored.value is None else None
+            score = scored(function, found)
+            note = score.note or "no score" if score.value is None else None
         if note is not None:
             raise UserError(f"{_place(source, number)}: {source.key}: {note}; {spec.kind} compares with one")
 

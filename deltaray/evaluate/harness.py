@@ -4,7 +4,7 @@ Three passes, each over what the one before has left: tasks ask (`harness_tasks.
 generation), tasks score (`harness_tasks.score`). Every unit of answers and every (model, task) is committed by itself.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow as pa
 
 from deltaray.contracts import REPLIES, REQUESTS
+from deltaray.errors import StageError
 from deltaray.evaluate.samples import is_done
 from deltaray.generate.answer import Work, answer, work_of
 from deltaray.generate.identity import generation_identity, identity_digest
@@ -23,6 +24,7 @@ from deltaray.recipe.evaluation import HarnessTask
 from deltaray.recipe.models import Sampling, Teacher
 from deltaray.recipe.recipe import Failures
 from deltaray.recipe.study import Study
+from deltaray.runtime.failures import reason_of
 from deltaray.runtime.session import Capacity
 from deltaray.runtime.stream import map_units
 from deltaray.store import Store
@@ -78,17 +80,42 @@ def run_benchmarks(
     """Completes the results of (model, task)s (of `missing_benchmarks`).
 
     Raises:
-        UserError, StageError: a task cannot ask or score; what is committed stays.
+        UserError, StageError: tasks cannot ask or score, each with its reason; all others are done before.
     """
     from deltaray.evaluate import harness_tasks
 
-    asked = {(it["model"], it["task"]): it for it in map_units(units, partial(harness_tasks.ask, store))}
+    broken: list[str] = []
+    asked = _done(broken, map_units(units, partial(_alone, harness_tasks.ask, store)))
+    units = [unit for unit in units if (unit["model"], unit["task"]) in asked]
     works = [_work(store, unit, asked[unit["model"], unit["task"]]["samples"]) for unit in units]
     if not all(work.finished for work in works):
         # what an engine refuses makes its task fail, with the reason, once all the rest is answered
         answer(store, works, capacity, replies_table, REPLIES, Failures(max_share=1), on_rows, say, load=load_requests)
-    for _ in map_units(units, partial(harness_tasks.score, store)):
-        pass
+    _done(broken, map_units(units, partial(_alone, harness_tasks.score, store)))
+    if broken:
+        raise StageError("\n".join([*broken, "fix the cause and run the same command: it goes on with these tasks"]))
+
+
+def _alone(work: Callable[[Store, dict[str, Any]], dict[str, Any]], store: Store, unit: dict[str, Any]) -> Any:
+    """What a task of a model comes to, or why it comes to nothing; a mistake in the recipe ends them all."""
+    told = {"model": unit["model"], "task": unit["task"]}
+    try:
+        return work(store, unit)
+    except StageError as error:
+        return {**told, "broken": str(error)}
+    except BaseException as error:
+        return {**told, "broken": f"{unit['model']} on {unit['task']}: {reason_of(error)}"}
+
+
+def _done(broken: list[str], results: Iterator[dict[str, Any]]) -> dict[tuple[str, str], dict[str, Any]]:
+    """The results by model and task; what broke goes to `broken`."""
+    found = {}
+    for result in results:
+        if "broken" in result:
+            broken.append(result["broken"])
+        else:
+            found[result["model"], result["task"]] = result
+    return found
 
 
 def _work(store: Store, unit: dict[str, Any], samples: int) -> Work:

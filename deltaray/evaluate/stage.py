@@ -8,12 +8,13 @@ from typing import Any
 
 from deltaray.aggregate.results import aggregation
 from deltaray.contracts import RESPONSES
+from deltaray.errors import StageError
 from deltaray.evaluate.local import unscored_answers
 from deltaray.evaluate.results import evaluation_of, evaluations, summarise
 from deltaray.evaluate.select import choose_candidates
-from deltaray.generate.answer import Work, answer, work_of
+from deltaray.generate.answer import Work, answer, refuse_failed, work_of
 from deltaray.generate.identity import generation_identity, identity_digest
-from deltaray.generate.pools import OnRows
+from deltaray.generate.pools import AGAIN, EMPTY, OnRows
 from deltaray.generate.stage import responses_table
 from deltaray.generate.stream import Spec
 from deltaray.generate.units import Assignment
@@ -25,7 +26,7 @@ from deltaray.recipe.study import Study, TrainingRun
 from deltaray.runtime.preflight import task_sources
 from deltaray.runtime.session import Capacity
 from deltaray.score.files import Unit as ScoreUnit
-from deltaray.score.stage import score_units
+from deltaray.score.stage import refuse_unscored, score_units
 from deltaray.search.retrievers import search_identity, searching
 from deltaray.store import Store
 
@@ -120,13 +121,36 @@ def answer_tasks(
     """Completes answers (of `evaluation_work`) and their scores.
 
     Raises:
-        StageError: too many of a judge's answers failed; what is committed stays.
+        StageError: a model could not be asked, or its answers not be scored, too often (`failures`); the next command
+            does that again.
     """
+    failures = study.recipe.failures
     if not all(work.finished for work in works):
-        # a student that has unlearnt to speak is a result, not a failure
         anything = Failures(max_share=1)
         answer(store, works, capacity, responses_table, RESPONSES, anything, on_rows, say, _around(study, works))
-    score_units(study, store, unscored(study, store, works), capacity, on_rows, say)
+        refuse_unasked(store, works, failures, say)
+    units = unscored(study, store, works)
+    # what a judge failed at is asked again: an evaluation knows no `--retry-failed`
+    score_units(study, store, units, capacity, on_rows, say, retry_failed=True)
+    folders = {f"{it['scorer']} of {it['teacher']}": it["destination"].rpartition("/")[0] for it in units}
+    refuse_unscored(store, folders, failures, say, again=True)
+
+
+def refuse_unasked(store: Store, works: list[Work], failures: Failures, say: Callable[[str], None]) -> None:
+    """As `answer.refuse_failed`, of models that are evaluated: no value is reported of one that could not be asked.
+
+    One that has unlearnt to speak is a result, and no failure: an empty answer does not count.
+    """
+
+    def counts(error: str) -> bool:
+        return not error.startswith(EMPTY)
+
+    for work in works:
+        try:
+            refuse_failed(store, [work], failures, say, AGAIN, counts)
+        except StageError:
+            store.delete(store.committed(work.assignment.destination))
+            raise
 
 
 def _around(study: Study, works: list[Work]) -> Callable[[Spec], Spec]:

@@ -13,7 +13,6 @@ from typing import Any
 
 import pyarrow as pa
 
-from deltaray.chat import prompts_ids
 from deltaray.contracts import EXTENSIONS, PROMPTS
 from deltaray.extend.rules import drawn_kind, echoes, extended_row
 from deltaray.extend.talk import KIND, TalkSpec
@@ -21,7 +20,7 @@ from deltaray.generate.answer import Work, answer, work_of
 from deltaray.generate.identity import generation_identity, identity_digest
 from deltaray.generate.pools import OnRows, error_of
 from deltaray.generate.stage import seeded
-from deltaray.generate.units import Assignment, Unit
+from deltaray.generate.units import Assignment, Unit, each_ids
 from deltaray.prompts.rows import PromptRow, compact
 from deltaray.prompts.shards import prompt_table, shard_name, store_prompts
 from deltaray.recipe.extensions import Extensions
@@ -118,7 +117,7 @@ def extensions_table(student: str, max_tokens: int, unit: Unit) -> pa.Table:
     outputs = (output for (output,) in unit["outputs"])
     rows = [_row(name, output) for name, output in zip(unit["prompt_ids"], outputs, strict=True)]
     whole = [row for row in rows if row["messages"]]
-    ids, refused = prompts_ids(_tokenizer(student), [row["messages"] for row in whole])
+    ids, refused = each_ids(_tokenizer(student), [row["messages"] for row in whole])
     for row, own, refusal in zip(whole, ids, refused, strict=True):
         row["tokens"] = None if refusal else len(own)
         row["dropped"] = f"student's template: {refusal}" if refusal else _unfit(kind, row, max_tokens)

@@ -14,6 +14,7 @@ from deltaray.generate.requests import Output, failed
 from deltaray.generate.stream import Answering, SpecAround
 from deltaray.generate.units import render, with_system
 from deltaray.recipe.extensions import Extensions
+from deltaray.runtime.failures import reason_of
 
 KIND = "kind="
 """What stands before the kind at the end of a unit's destination."""
@@ -48,7 +49,10 @@ class Talk:
         while going := self._ready([talk for talk in talks if not talk.ended]):
             answers = await self.engine.generate(_asked(unit, going))
             for talk, (answer,) in zip(going, answers, strict=True):
-                talk.take(answer)
+                try:
+                    talk.take(answer)
+                except BaseException as error:
+                    talk.failure = failed(reason_of(error))
         return [[talk.result()] for talk in talks]
 
     def _ready(self, talks: "list[_Talk]") -> "list[_Talk]":
@@ -58,7 +62,11 @@ class Talk:
         by = self.section.by
         for talk in talks:
             system = by.system if talk.draft.speaker == "assistant" else None
-            talk.question = with_system(talk.draft.question(), system)
+            try:
+                talk.question = with_system(talk.draft.question(), system)
+            except BaseException as error:
+                talk.failure = failed(reason_of(error))
+        talks = [talk for talk in talks if not talk.failure]
         ids, refused = render(by, [talk.question for talk in talks])
         for talk, own, reason in zip(talks, ids, refused, strict=True):
             talk.token_ids = own

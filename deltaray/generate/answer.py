@@ -11,14 +11,15 @@ from typing import Any
 import pyarrow as pa
 
 from deltaray.errors import StageError
-from deltaray.generate.pools import Load, MakeTable, OnRows, describe, run_pools
+from deltaray.generate.pools import REMEDY, Load, MakeTable, OnRows, describe, run_pools
 from deltaray.generate.share import shared_pools
-from deltaray.generate.staging import publish, waiting_folders
+from deltaray.generate.staging import publish, tally_of, waiting_folders
 from deltaray.generate.stream import TASK_CPUS, Spec
 from deltaray.generate.units import Assignment, Unit, load_unit, missing_units
 from deltaray.recipe.recipe import Failures
 from deltaray.runtime.session import Capacity
 from deltaray.runtime.stream import PATIENCE
+from deltaray.runtime.tally import broken
 from deltaray.store import Store
 
 
@@ -70,6 +71,30 @@ def answer(
         say(describe(pools, capacity))
     run_pools(store, pools, capacity, make_table, failures, on_rows, publisher.committed, load)
     publisher.finish()
+
+
+def refuse_failed(
+    store: Store,
+    works: list[Work],
+    failures: Failures,
+    say: Callable[[str], None],
+    remedy: str = REMEDY,
+    counts: Callable[[str], bool] = lambda _: True,
+) -> None:
+    """Says what failed of all that is stored; however few rows there are.
+
+    Args:
+        counts: which errors count as failures.
+    Raises:
+        StageError: all rows of a destination failed, or too large a share of them.
+    """
+    tallies = [tally_of(store, work.assignment.name, work.assignment.destination, counts) for work in works]
+    too_many = [tally for tally in tallies if tally.is_too_much(failures.max_share)]
+    if too_many:
+        raise StageError(broken(too_many, failures.max_share, remedy))
+    for tally in tallies:
+        if tally.failed:
+            say(tally.line())
 
 
 class _Publisher:

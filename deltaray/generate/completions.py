@@ -8,7 +8,8 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from deltaray.generate.requests import Output, failed, request_seed
+from deltaray.generate.finish import finish_of
+from deltaray.generate.requests import Output, failed, readable, request_seed
 
 if TYPE_CHECKING:
     import openai
@@ -39,19 +40,33 @@ def trouble_of(error: Exception, answered: bool) -> Trouble:
     import openai
 
     if isinstance(error, openai.APIStatusError):
-        words, status = f"HTTP {error.status_code}: {_said(error)}", error.status_code
-        if status in REFUSALS or (status == 403 and not answered) or error.code == "insufficient_quota":
-            return Trouble(words, again=False, everybody=True)
-        if status not in PASSING and status < 500:
-            return Trouble(words, again=False)
-        wait = retry_after(error.response.headers)
-        return Trouble(words, again=wait <= LONGEST_WAIT, everybody=wait > LONGEST_WAIT, wait=wait)
+        words, wait = f"HTTP {error.status_code}: {_said(error)}", retry_after(error.response.headers)
+        return _trouble(words, error.status_code, error.code, answered, wait)
     if isinstance(error, TimeoutError):
         return Trouble("the server took longer than `timeout` allows", again=True)
     if isinstance(error, openai.OpenAIError):
         unreachable = isinstance(error.__cause__, httpx2.ConnectError | httpx2.ConnectTimeout)
         return Trouble(f"{error} {error.__cause__ or ''}".strip(), again=True, everybody=unreachable)
     return Trouble(f"unusable answer: {error}", again=True)
+
+
+def trouble_in(reply: Any, answered: bool) -> Trouble | None:
+    """What follows from an error inside an answer with status 200, where it has a status of its own. Pure."""
+    choices = reply.get("choices") if isinstance(reply, Mapping) else None
+    for part in (reply, choices[0] if isinstance(choices, list) and choices else None):
+        error = part.get("error") if isinstance(part, Mapping) else None
+        code = str(error.get("code")) if isinstance(error, Mapping) else ""
+        if code.isdecimal() and 400 <= int(code) < 600:
+            return _trouble(str(error_inside(part)), int(code), None, answered, 0.0)
+    return None
+
+
+def _trouble(words: str, status: int, code: str | None, answered: bool, wait: float) -> Trouble:
+    if status in REFUSALS or (status == 403 and not answered) or code == "insufficient_quota":
+        return Trouble(words, again=False, everybody=True)
+    if status not in PASSING and status < 500:
+        return Trouble(words, again=False)
+    return Trouble(words, again=wait <= LONGEST_WAIT, everybody=wait > LONGEST_WAIT, wait=wait)
 
 
 def _said(error: "openai.APIStatusError") -> str:
@@ -101,24 +116,31 @@ def request_body(unit: Mapping[str, Any], place: int, sample: int, extra: Mappin
     return {name: value for name, value in body.items() if value is not None}
 
 
-def output_of(reply: Any, split: bool) -> Output:
+def output_of(reply: Any, split: bool, most: int | None = None) -> Output:
     """Ours from a chat completion's JSON; ValueError if it is none. Pure.
 
     Args:
         split: the model thinks, so that `</think>` in the text ends its reasoning (if the server left it there).
+        most: tokens that were asked for at most; they tell how an answer ended of which the server does not say it.
     """
     try:
         choice = reply["choices"][0]
-        reason, message = choice["finish_reason"], choice["message"]
-        text = message.get("content") or ""
+        message = choice.get("message") or {}
+        text, refusal = message.get("content"), message.get("refusal")
         reasoning = message.get("reasoning_content") or message.get("reasoning")
         tokens = int((reply.get("usage") or {}).get("completion_tokens") or 0)
     except (LookupError, TypeError, AttributeError):
-        raise ValueError(f"no chat completion: {json.dumps(reply)}") from None
-    if reason not in ("stop", "length"):
-        return failed(readable(f"the server ended the answer: {reason}"))
-    if not isinstance(text, str) or not isinstance(reasoning, str | None):
+        raise ValueError(error_inside(reply) or f"no chat completion: {json.dumps(reply)}") from None
+    reason, words = finish_of(choice.get("finish_reason"), tokens, most)
+    if inner := error_inside(choice):
+        return failed(readable(f"{words or 'the answer holds an error'}: {inner}"))
+    if words is not None:
+        return failed(readable(f"{words}: {refusal}" if refusal else words))
+    if not isinstance(text, str | None) or not isinstance(reasoning, str | None):
         return failed("the server's answer is not one text")
+    if not text and refusal:
+        return failed(readable(f"the server refused: {refusal}"))
+    text = text or ""
     if split and not reasoning:
         text, reasoning = split_reasoning(text)
     answer = readable(text.lstrip() if reasoning else text)  # white space at the seam belongs to the template
@@ -127,14 +149,28 @@ def output_of(reply: Any, split: bool) -> Output:
     return {"token_ids": [], "tokens": tokens, **fields}
 
 
+def most_tokens(body: Mapping[str, Any]) -> int | None:
+    """How many tokens a request asks for at most. Pure."""
+    found = body.get("max_completion_tokens") or body.get("max_tokens")
+    return found if isinstance(found, int) else None
+
+
+def error_inside(part: Any) -> str | None:
+    """The words of an error inside an answer with status 200, with its code; None if there is none. Pure."""
+    error = part.get("error") if isinstance(part, Mapping) else None
+    if not error:
+        return None
+    if not isinstance(error, Mapping):
+        return str(error)
+    code, said = error.get("code"), error.get("message")
+    details = error.get("metadata")
+    more = f" {json.dumps(details, ensure_ascii=False)}" if details else ""
+    return f"{said or json.dumps(dict(error))}{'' if code is None else f' (code {code})'}{more}"
+
+
 def split_reasoning(text: str) -> tuple[str, str | None]:
     """(answer, reasoning or None); an answer that was cut while it reasoned is empty. Pure."""
     thought, end, answer = text.partition("</think>")
     if not end and not text.lstrip().startswith("<think>"):
         return text, None
     return answer.lstrip(), thought.strip().removeprefix("<think>")
-
-
-def readable(text: str) -> str:
-    """The text with U+FFFD for half characters, which JSON may hold and Arrow may not. Pure."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

@@ -15,14 +15,16 @@ from deltaray.errors import StageError, UserError
 from deltaray.generate.completions import (
     LONGEST_PAUSE,
     Trouble,
+    most_tokens,
     output_of,
     pause_before,
-    readable,
     request_body,
+    trouble_in,
     trouble_of,
 )
-from deltaray.generate.requests import Output, failed
+from deltaray.generate.requests import Output, failed, readable
 from deltaray.recipe import models
+from deltaray.runtime.failures import reason_of
 from deltaray.runtime.guard import FROZEN
 
 log = logging.getLogger(__name__)
@@ -159,7 +161,10 @@ class Endpoint:
 
     async def _answer(self, unit: Mapping[str, Any], place: int, sample: int) -> Output:
         """One answer. The slot is kept through the pauses, so that a troubled server is asked less."""
-        body = request_body(unit, place, sample, self._spec.body)
+        try:
+            body = request_body(unit, place, sample, self._spec.body)
+        except BaseException as error:
+            return failed(reason_of(error))
         async with self._slots:
             attempt = 0
             while isinstance(result := await self._attempt(unit, body), Trouble):
@@ -181,9 +186,13 @@ class Endpoint:
         try:
             async with asyncio.timeout(self._spec.timeout):  # the client's own is per read, not for all of it
                 reply = await self._client.post("/chat/completions", cast_to=object, body=body)
-            output = output_of(reply, bool(unit["reasoning"]))
+            if trouble := trouble_in(reply, self._answered):
+                return self._without_key(trouble)
+            output = output_of(reply, bool(unit["reasoning"]), most_tokens(body))
         except (openai.OpenAIError, TimeoutError, ValueError) as error:
             return self._without_key(trouble_of(error, self._answered))
+        except BaseException as error:  # whatever a reply may hold
+            return failed(reason_of(error))
         self._answered = True
         return output
 
@@ -198,7 +207,7 @@ class Endpoint:
             return failed(trouble.words)
         self._stopped = (
             f"{self._spec.url} gives no answers of {self._spec.model}: {trouble.words} (key_variable: "
-            f"{self._spec.key_variable}); when that is mended, the same command goes on from here"
+            f"{self._spec.key_variable}); when that is fixed, the same command goes on from here"
         )
         raise StageError(self._stopped)
 

@@ -31,6 +31,8 @@ from deltaray.generate.spec import EngineSpec
 from deltaray.generate.stall import StallWatch
 from deltaray.generate.weights import Adapters, check_same_model, load_weights
 from deltaray.imports import quick_imports
+from deltaray.runtime import lastwords
+from deltaray.runtime.failures import reason_of
 from deltaray.tokenizer.serve import tokenizer_arguments
 
 log = logging.getLogger(__name__)
@@ -127,8 +129,9 @@ class _Stepper:
                 stepper.admit()
                 if stepper.running:
                     stepper.step()
-        except BaseException:
+        except BaseException as error:
             log.exception("the engine of %s broke; ending its process", spec.model)
+            lastwords.leave(f"the engine of {spec.model} broke", error)
             os._exit(1)
         stepper.engine.engine_core.shutdown()
 
@@ -202,23 +205,33 @@ class _Stepper:
 
     def request(self, job: _Job, prompt: int, place: int, parameters: Any) -> None:
         """Asks for one answer; a prompt that vLLM refuses (too long, empty, unknown token) is answered at once."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
         name = str(next(self.names))
         ids = [int(token) for token in job.unit["token_ids"][prompt]]
         try:
             self.engine.add_request(name, {"prompt_token_ids": ids}, parameters, lora_request=job.adapter)
             self.running[name] = (job, prompt, place)
-        except self.refusals as error:
-            self.answer(job, prompt, place, failed(str(error)))
+        except EngineDeadError:
+            raise
+        except BaseException as error:
+            refused = isinstance(error, self.refusals) and str(error)
+            self.answer(job, prompt, place, failed(refused or reason_of(error)))
 
     def step(self) -> None:
         """One step of the running batch; with FINAL_ONLY vLLM returns just the requests that ended in it."""
         with self.watch.step():
             results = self.engine.step()
         for result in results:
+            if result.request_id not in self.running:  # one that vLLM refused halfway
+                continue
             job, prompt, place = self.running.pop(result.request_id)
-            output = output_of(result.outputs[0]) | prompt_logprobs(result)
-            if job.splitter:
-                output = job.splitter.divide(output, job.unit["token_ids"][prompt])
+            try:
+                output = output_of(result.outputs[0]) | prompt_logprobs(result)
+                if job.splitter:
+                    output = job.splitter.divide(output, job.unit["token_ids"][prompt])
+            except BaseException as error:
+                output = failed(reason_of(error))
             self.answer(job, prompt, place, output)
 
     def answer(self, job: _Job, prompt: int, place: int, output: Output) -> None:

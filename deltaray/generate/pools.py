@@ -1,6 +1,7 @@
 """Pools of replicas side by side, as far as the cluster has room for them, and what becomes of their units."""
 
 import threading
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +14,7 @@ from deltaray.generate.stream import Spec, in_flight_of, stream_units
 from deltaray.generate.units import Unit, load_unit
 from deltaray.recipe.recipe import Failures
 from deltaray.runtime.session import STREAM_CPUS, Capacity
+from deltaray.runtime.tally import SHOWN, Tally, broken
 from deltaray.runtime.threads import as_room_allows, startable
 from deltaray.store import Store
 
@@ -20,11 +22,18 @@ MakeTable = Callable[[Unit], pa.Table]
 """The rows of a unit with its `outputs`; the table's schema is the destination's."""
 Load = Callable[[Store, Unit], Unit]
 """Adds what `units.Unit` says that loading adds."""
-OnRows = Callable[[str, int, int, int], None]
-"""Progress: (name, rows done, rows in all, tokens so far)."""
+OnRows = Callable[[str, int, int, int, str], None]
+"""Progress: (name, rows done, rows in all, tokens so far, what failed among them or "")."""
 OnUnit = Callable[[Unit], None]
 """Told of every unit that is committed."""
-SHOWN_ERRORS = 3
+REMEDY = (
+    "the failed rows are recorded: fix the cause and run `deltaray generate RECIPE --retry-failed` (`deltaray score` "
+    "where a judge failed), or raise failures.max_share"
+)
+
+EMPTY = "empty answer"
+"""The kind of error of a model that had nothing to say."""
+AGAIN = "fix the cause and run the same command, which does it again, or raise failures.max_share"
 
 
 @dataclass(frozen=True)
@@ -103,7 +112,7 @@ def commit_unit(store: Store, make_table: MakeTable, unit: Unit) -> dict[str, An
         "rows": len(outputs),
         "tokens": sum(output["tokens"] for output in outputs),
         "failed": len(errors),
-        "errors": list(dict.fromkeys(errors))[:SHOWN_ERRORS],
+        "errors": list(dict.fromkeys(errors))[:SHOWN],
     }
 
 
@@ -115,7 +124,7 @@ def error_of(output: dict[str, Any]) -> str | None:
     if output["text"].strip():
         return None
     cut = output["reasoning"] is not None and output["finish_reason"] == "length"
-    return "empty answer: the reasoning was cut at max_tokens" if cut else "empty answer"
+    return f"{EMPTY}: the reasoning was cut at max_tokens" if cut else EMPTY
 
 
 class _Progress:
@@ -124,30 +133,22 @@ class _Progress:
     def __init__(self, units: list[Unit], failures: Failures, on_rows: OnRows) -> None:
         self.failures, self.on_rows = failures, on_rows
         self.lock = threading.Lock()
-        self.total: dict[str, int] = {}
+        self.total: Counter[str] = Counter()
         for unit in units:
-            rows = len(unit["rows"]) * len(unit["samples"])
-            self.total[unit["name"]] = self.total.get(unit["name"], 0) + rows
-        self.done = {name: {"rows": 0, "tokens": 0, "failed": 0} for name in self.total}
-        self.errors: dict[str, list[str]] = {name: [] for name in self.total}
+            self.total[unit["name"]] += len(unit["rows"]) * len(unit["samples"])
+        self.tallies = {name: Tally(name) for name in self.total}
+        self.tokens: Counter[str] = Counter()
         for name, total in self.total.items():
-            on_rows(name, 0, total, 0)
+            on_rows(name, 0, total, 0, "")
 
     def add(self, summary: dict[str, Any]) -> None:
         name = summary["name"]
         with self.lock:
-            done = self.done[name]
-            for key in done:
-                done[key] += summary[key]
-            self.errors[name] = list(dict.fromkeys([*self.errors[name], *summary["errors"]]))[:SHOWN_ERRORS]
-        self.on_rows(name, done["rows"], self.total[name], done["tokens"])
-        if done["rows"] >= self.failures.after and done["failed"] > self.failures.max_share * done["rows"]:
-            raise StageError(self._broken(name, done))
-
-    def _broken(self, name: str, done: dict[str, int]) -> str:
-        shown = "\n".join(f"  {error}" for error in self.errors[name])
-        return (
-            f"{name}: {done['failed']:,} of {done['rows']:,} responses failed, more than failures.max_share "
-            f"{self.failures.max_share:g} allows; the first errors:\n{shown}\nthe failed rows are recorded: mend the "
-            "cause and run `deltaray generate RECIPE --retry-failed`, or raise failures.max_share"
-        )
+            tally = self.tallies[name]
+            tally.add(summary["rows"], summary["failed"], summary["errors"])
+            self.tokens[name] += summary["tokens"]
+        self.on_rows(name, tally.rows, self.total[name], self.tokens[name], tally.note())
+        # of a second attempt that most fails again is to be expected: the others did not
+        early = tally.rows >= self.failures.after and not summary["retry"]
+        if early and tally.failed > self.failures.max_share * tally.rows:
+            raise StageError(broken([tally], self.failures.max_share, REMEDY))

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from deltaray.generate.requests import Output
+from deltaray.runtime.failures import reason_of
 
 PROMPT_END = 32  # tokens at a prompt's end among which a closed reasoning block would be
 
@@ -41,8 +42,8 @@ class Splitter:
         """The output with its reasoning kept apart; an error of its own row where vLLM's parser breaks on it."""
         try:
             text, reasoning = self.split(output["text"], prompt)
-        except Exception as error:
-            return output | {"finish_reason": "error", "error": f"reasoning parser: {error!r}"}
+        except BaseException as error:
+            return output | {"finish_reason": "error", "error": f"reasoning parser: {reason_of(error)}"}
         return output | {"text": text, "reasoning": reasoning}
 
     def split(self, text: str, prompt: Sequence[int]) -> tuple[str, str | None]:

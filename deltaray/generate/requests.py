@@ -12,6 +12,10 @@ reasoning (or None), finish_reason (stop | length | error), error (what went wro
 the sampling settings ask for them."""
 
 
+LONGEST_ERROR = 1000
+"""Characters of a row's error that are kept."""
+
+
 def request_seed(base: int, prompt_id: str, sample: int) -> int:
     """The seed of one answer: the same in every run, process and place, different for every answer."""
     key = json.dumps([base, prompt_id, sample]).encode()
@@ -63,7 +67,18 @@ def prompt_logprobs(result: Any) -> dict[str, Any]:
 
 def failed(message: str) -> Output:
     """The answer of a prompt that could not be answered."""
-    return _output([], "", "error", message)
+    return _output([], "", "error", message[:LONGEST_ERROR])
+
+
+def sound(output: Output) -> Output:
+    """The output with texts that a table can hold: half characters become U+FFFD. Pure."""
+    texts = {name: readable(output[name]) for name in ("text", "reasoning", "error") if isinstance(output[name], str)}
+    return output | texts
+
+
+def readable(text: str) -> str:
+    """The text with U+FFFD for half characters, which JSON may hold and Arrow may not. Pure."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _output(ids: list[int], text: str, reason: str, error: str | None) -> Output:

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import wraps
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -21,6 +21,8 @@ import pyarrow.parquet as pq
 from deltaray.contracts import RESPONSES
 from deltaray.generate.identity import identity_digest
 from deltaray.prompts.shards import shard_name
+from deltaray.runtime.tally import Tally
+from deltaray.storage.filesystem import together
 from deltaray.store import Store, keys_of
 
 UNITS = ".deltaray/units"
@@ -171,8 +173,34 @@ def _forget_derived(store: Store, path: str) -> None:
 # --- what failed ------------------------------------------------------------------------------------------------
 def failures(store: Store, files: list[str]) -> dict[str, int]:
     """How many rows failed, by kind (what stands before the colon of `error`), most frequent first."""
-    counts: Counter[str] = Counter()
-    for file in files:
-        errors = store.read_table(file, ["error"])["error"].drop_null()
-        counts.update(error.partition(":")[0] for error in errors.to_pylist())
+    counts = Counter(error.partition(":")[0] for error in errors_in(store, files))
     return dict(counts.most_common())
+
+
+def tally_of(store: Store, name: str, folder: str, counts: Callable[[str], bool] = lambda _: True) -> Tally:
+    """The rows that are published in a folder, and those whose error `counts`."""
+    files = store.committed(folder)
+    tally = Tally(name, rows=sum(together(store.count, files)))
+    for error in filter(counts, errors_in(store, files)):
+        tally.add(0, 1, [error])
+    return tally
+
+
+def errors_in(store: Store, files: list[str]) -> Iterator[str]:
+    """The errors of all rows that failed; only columns that hold one are read."""
+    footers = together(store.footer, files)
+    for file in (path for path, footer in zip(files, footers, strict=True) if _may_hold_errors(footer)):
+        yield from store.read_table(file, ["error"])["error"].drop_null().to_pylist()
+
+
+def _may_hold_errors(footer: Any) -> bool:
+    """Whether the column `error` has a value, as far as the footer's statistics tell."""
+    groups = [footer.row_group(number) for number in range(footer.num_row_groups)]
+    columns = [group.column(number) for group in groups for number in range(group.num_columns)]
+    of_errors = [column for column in columns if column.path_in_schema == "error"]
+    return any(
+        not column.is_stats_set
+        or not column.statistics.has_null_count
+        or column.statistics.null_count < column.num_values
+        for column in of_errors
+    )

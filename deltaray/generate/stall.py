@@ -13,6 +13,7 @@ from contextlib import contextmanager
 
 import psutil
 
+from deltaray.runtime import lastwords
 from deltaray.runtime.guard import kill_tree
 
 log = logging.getLogger(__name__)
@@ -40,9 +41,10 @@ class StallWatch:
             time.sleep(self.seconds / 10)
             since = self.since
             if since is not None and time.monotonic() - since > self.seconds:
-                log.error(
-                    "the engine of %s has not ended a step for %g s (engine.stall_seconds); ending its process",
-                    self.engine, self.seconds,
-                )  # fmt: skip
+                words = (
+                    f"the engine of {self.engine} has not ended a step for {self.seconds:g} s (engine.stall_seconds)"
+                )
+                log.error("%s; ending its process", words)
+                lastwords.leave(words)
                 kill_tree(psutil.Process())
                 os._exit(1)

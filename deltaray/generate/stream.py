@@ -7,14 +7,19 @@ error column that is null throughout one block, token lists that happen to be eq
 
 import math
 import pickle
+import sys
+import uuid
 import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
-from deltaray.generate.requests import Output, failed
+from deltaray.errors import StageError
+from deltaray.generate.requests import Output, failed, sound
 from deltaray.generate.units import Unit, responses_in
+from deltaray.runtime import lastwords
+from deltaray.runtime.failures import cause_of, is_told, told_in
 from deltaray.runtime.guard import guard
 from deltaray.runtime.stream import persistent
 
@@ -23,6 +28,8 @@ Packed = dict[str, bytes]
 TASK_CPUS = 0.25  # what a load or write task reserves in Ray
 ENGINE_RETRIES = 3  # how often a unit is repeated after its engine died; then the stream fails, not for ever
 QUEUE = 2  # units handed to a replica of a pool that can grow, as a multiple of those it runs at once
+DIED = "fix that (memory, engine settings, the model's files), then run the same command again to resume"
+WORDLESS = "out of memory (the kernel or Ray then ends it), a crash inside a library, or a lost node"
 MOST_IN_FLIGHT = 16  # units in one engine at once: each is a thread of the actor and a unit in its memory
 
 
@@ -121,14 +128,33 @@ def stream_units(
     write the unit under a name of its own by rename: a unit may be run twice (a lost worker), and must then replace
     itself. Summaries come in the order of completion.
 
-    Ending or closing the iterator ends the pool. Raises what load, write or the engine raised (as Ray wraps it).
+    Ending or closing the iterator ends the pool. Raises what load, write or the engine raised (as Ray wraps it), and
+    StageError with its last words where the engine's process has ended itself.
     Streams may run at the same time in several threads; the cluster's CPUs must then exceed the sum of
     max_replicas * cpus over them by at least `TASK_CPUS`, or they wait for each other for ever.
     """
-    return persistent(units, partial(_stream, spec, load, write, units_in_flight))
+    key = f"engine {uuid.uuid4().hex}"
+    try:
+        yield from persistent(units, partial(_stream, key, spec, load, write, units_in_flight))
+    except Exception as error:
+        if told_in(error) is not None or is_told(error):
+            raise
+        raise _died(_label(units), lastwords.left(key), error) from error
+    finally:
+        lastwords.forget(key)
+
+
+def _died(label: str, words: tuple[str, str] | None, error: Exception) -> StageError:
+    """What is said of a replica whose process is gone; all its words are behind it, for the log."""
+    if words is None:
+        return StageError(f"a process of the {label} died without a word: {cause_of(error)}\n{WORDLESS}\n{DIED}")
+    cause, everything = words
+    print(everything, file=sys.stderr)
+    return StageError(f"{cause}\n{DIED}")
 
 
 def _stream(
+    key: str,
     spec: Spec,
     load: Callable[[Unit], Unit],
     write: Callable[[Unit], Unit],
@@ -137,7 +163,7 @@ def _stream(
     patience: float,
 ) -> Generator[tuple[int, Unit], None, None]:
     few_swaps = dict(sorted(units.items(), key=lambda item: item[1]["model"]))
-    dataset = _dataset(few_swaps, spec, load, write, units_in_flight, patience)
+    dataset = _dataset(few_swaps, key, spec, load, write, units_in_flight, patience)
     batches = iter(dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0))
     try:
         for batch in batches:
@@ -148,6 +174,7 @@ def _stream(
 
 def _dataset(
     numbered: dict[int, Unit],
+    key: str,
     spec: Spec,
     load: Callable[[Unit], Unit],
     write: Callable[[Unit], Unit],
@@ -175,7 +202,7 @@ def _dataset(
     warnings.filterwarnings("ignore", message="`ray_remote_args` is deprecated")  # no named one bounds the retries
     label = _label(units)
     worker = type(label, (_PoolWorker,), {})  # Ray's dashboard and its processes are called by it
-    dataset = dataset.map(worker, fn_constructor_args=(spec,), compute=pool, **_resources(spec))
+    dataset = dataset.map(worker, fn_constructor_args=(spec, key, label), compute=pool, **_resources(spec))
     dataset = dataset.map(_task("write", write), **tasks)
     dataset.set_name(label)
     return dataset
@@ -234,9 +261,19 @@ def _task(name: str, function: Callable[[Unit], Unit]) -> Callable[[Packed], Pac
 class _PoolWorker:
     """The actor of the pool: one engine, several units in flight (Ray Data runs the coroutines side by side)."""
 
-    def __init__(self, spec: Spec) -> None:
+    def __init__(self, spec: Spec, key: str, label: str) -> None:
+        """Raises StageError when the processes of this actor have ended again and again without an answer."""
         guard(frozen=spec.stall_seconds)
-        self.engine = spec.start()
+        lastwords.sign(key)
+        self.fresh = True  # has answered nothing yet
+        if lastwords.count_start() > lastwords.STARTS:
+            cause, _ = lastwords.left(key) or (f"the process of the {label} ended without a word", "")
+            raise StageError(f"{cause}\nit ended {lastwords.STARTS} times before it had answered anything; {DIED}")
+        try:
+            self.engine = spec.start()
+        except BaseException as error:
+            lastwords.leave(f"the {label} cannot start", error)
+            raise
 
     async def __call__(self, row: Packed) -> Packed:
         number, unit = pickle.loads(row["unit"])
@@ -246,7 +283,10 @@ class _PoolWorker:
             next(answers) if reason is None else [failed(f"prompt refused: {reason}") for _ in unit["samples"]]
             for reason in unit["refused"]
         ]
-        return _pack(number, unit | {"outputs": outputs})
+        if self.fresh:
+            self.fresh = False
+            lastwords.forget_starts()
+        return _pack(number, unit | {"outputs": [[sound(output) for output in of] for of in outputs]})
 
     def __del__(self) -> None:
         if hasattr(self, "engine"):  # not when the engine never started

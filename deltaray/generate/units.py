@@ -17,6 +17,7 @@ from deltaray.generate.staging import failed_rows, folder_of, keys_in, unless_mo
 from deltaray.prompts.shards import read_rows, shard_name
 from deltaray.prompts.turns import full_turns
 from deltaray.recipe.models import Model, Teacher
+from deltaray.runtime.failures import reason_of
 from deltaray.store import Store
 from deltaray.tokenizer import load_tokenizer, turn_end
 
@@ -147,9 +148,14 @@ def load_unit(store: Store, unit: Unit) -> Unit:
     """Adds the prompts and their token ids, rendered by the teacher's own template."""
     teacher = Teacher.model_validate_json(unit["teacher"])
     rows = read_rows(store, unit["prompts"], unit["rows"], PROMPTS.names).to_pylist()
-    chats = [full_turns(row["messages"], row["conversation"]) for row in rows]
-    messages, tools = [with_system(turns, teacher.system) for turns, _ in chats], [given for _, given in chats]
-    token_ids, refused = render(teacher, messages, tools)
+    chats = [_chat(row, teacher.system) for row in rows]
+    good = [place for place, (*_, reason) in enumerate(chats) if reason is None]
+    messages, tools = [turns for turns, *_ in chats], [given for _, given, _ in chats]
+    token_ids: list[list[int]] = [[] for _ in rows]
+    refused = [reason for *_, reason in chats]
+    rendered = render(teacher, [messages[place] for place in good], [tools[place] for place in good])
+    for place, ids, reason in zip(good, *rendered, strict=True):
+        token_ids[place], refused[place] = ids, reason
     return {
         **unit,
         "sampling": ended(teacher, unit["sampling"]),
@@ -162,13 +168,37 @@ def load_unit(store: Store, unit: Unit) -> Unit:
     }
 
 
+def _chat(row: dict[str, Any], system: str | None) -> tuple[list[Message], Tools | None, str | None]:
+    """(turns, tools, why there are none) of a prompt."""
+    try:
+        turns, tools = full_turns(row["messages"], row["conversation"])
+        return with_system(turns, system), tools, None
+    except BaseException as error:
+        return [], None, reason_of(error)
+
+
 def render(
     teacher: Teacher, messages: Sequence[list[Message]], tools: Sequence[Tools | None] | None = None
 ) -> tuple[list[list[int]], list[str | None]]:
     """(token ids, refusals) by the teacher's own template; of a server, which has its own, there are neither."""
     if teacher.endpoint is not None:
         return [[] for _ in messages], [None for _ in messages]
-    return prompts_ids(tokenizer_of(teacher), messages, tools)
+    return each_ids(tokenizer_of(teacher), messages, tools)
+
+
+def each_ids(
+    tokenizer: Any, messages: Sequence[list[Message]], tools: Sequence[Tools | None] | None = None
+) -> tuple[list[list[int]], list[str | None]]:
+    """As `prompts_ids`, also where what one prompt raises is no `Exception`, as a panic of Rust code is none."""
+    try:
+        return prompts_ids(tokenizer, messages, tools)
+    except BaseException as error:
+        if len(messages) == 1:
+            return [[]], [reason_of(error)]
+        reason_of(error)  # raises what concerns more than a row
+    one_by_one = range(len(messages))
+    each = [each_ids(tokenizer, messages[at : at + 1], tools and tools[at : at + 1]) for at in one_by_one]
+    return [ids for of, _ in each for ids in of], [reason for _, of in each for reason in of]
 
 
 def ended(teacher: Teacher, sampling: str) -> str:
@@ -187,6 +217,6 @@ def ended(teacher: Teacher, sampling: str) -> str:
 
 def with_system(messages: list[Message], system: str | None) -> list[Message]:
     """The conversation with the teacher's system prompt before it, unless it brings its own. Pure."""
-    if system is None or messages[0]["role"] == "system":
+    if system is None or (messages and messages[0]["role"] == "system"):
         return messages
     return [{"role": "system", "content": system}, *messages]

@@ -45,12 +45,13 @@ class Miniature(Section):
 
 
 class Failures(Section):
-    """When a generation that goes plainly wrong is stopped."""
+    """When rows that fail end a stage. All rows of a teacher that fail always do."""
 
     max_share: float = Field(0.2, ge=0, le=1)
-    """Largest tolerated share of a teacher's rows that fail (prompt too long, empty answer, engine error)."""
+    """Largest tolerated share of a teacher's rows that fail (prompt too long, empty answer, engine error), and of the
+    scores that a scorer or judge fails to give. At the end of a stage it counts however few rows there are."""
     after: int = Field(256, ge=1)
-    """Rows of a teacher before the share counts."""
+    """Rows of a teacher before the share ends a stage that is under way."""
 
 
 class Cluster(Section):

@@ -6,11 +6,11 @@ from dataclasses import asdict
 
 import ray
 
-from deltaray.errors import StageError, UserError
 from deltaray.recipe.losses import LOSS_FACTS
 from deltaray.recipe.study import Study, TrainingRun
 from deltaray.recipe.training import Training
 from deltaray.reference.blocks import Block, missing_blocks
+from deltaray.runtime.failures import failure_of
 from deltaray.runtime.guard import guarded
 from deltaray.runtime.session import cluster_capacity, logs_of_ray
 from deltaray.runtime.stream import quiet_ray_data
@@ -77,16 +77,4 @@ def _stream(study: Study, training: Training, store: Store, student: str, work: 
         for row in stream.iter_rows():
             yield Block(**row)
     except (ray.exceptions.RayError, ValueError) as error:
-        raise _failure(error, student) from error
-
-
-def _failure(error: BaseException, student: str) -> Exception:
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, UserError):
-            return cause
-        cause = getattr(cause, "cause", None) or cause.__cause__
-    message = str(error).strip().splitlines()[-1]
-    return StageError(
-        f"reference pass of {student} failed: {message}\nlog: {logs_of_ray()}\nrun the same command to resume"
-    )
+        raise failure_of(f"reference pass of {student}", error, logs_of_ray()) from error

@@ -192,7 +192,9 @@ def _find_on_hub(model: Model, key: str) -> None:
     try:
         found = HfApi().model_info(model.model, revision=model.revision, timeout=HUB_TIMEOUT)
     except Exception as error:  # the hub's and the network's errors are many; all mean that it cannot be had here
-        reason = str(error).strip().splitlines()[0]
+        from deltaray.runtime.failures import cause_of
+
+        reason = cause_of(error).splitlines()[0]
         raise UserError(
             f"{key}.model: there is no folder {model.model} here, and the hub does not give it: {reason}; correct the "
             "path or the id, or log in"

@@ -11,7 +11,7 @@ from typing import Any
 from deltaray.errors import StageError, UserError
 from deltaray.recipe.study import Study
 from deltaray.runtime.demands import refuse_impossible
-from deltaray.runtime.failures import cause_of, told_in
+from deltaray.runtime.failures import failure_of
 from deltaray.runtime.memory import PeakMemory
 from deltaray.runtime.metrics import StudyMetrics
 from deltaray.runtime.room import RoomWatch
@@ -51,14 +51,20 @@ class Runner:
         """
         try:
             work()
-        except Exception as error:
-            if type(error) in (UserError, StageError):
-                raise
-            import traceback
+        except (UserError, KeyboardInterrupt, SystemExit, GeneratorExit):
+            raise
+        except BaseException as error:  # a panic of Rust code is no `Exception`
+            if type(error) is not StageError or error.__cause__ is not None:
+                import traceback
 
-            with suppress(OSError):  # the disk may be full
-                traceback.print_exc()  # descriptor 2 is the log here
-            raise told_in(error) or StageError(_failure(stage, error, log)) from error
+                with suppress(OSError):  # the disk may be full
+                    traceback.print_exc()  # descriptor 2 is the log here
+            failure = failure_of(stage, error, log)
+            if failure is not error:
+                raise failure from error
+            if error.__cause__ is None or "the log is " in str(error):
+                raise
+            raise StageError(f"{error}\nthe log is {log}") from error
 
     @contextmanager
     def stage(self, stage: str, unit: str, left: int, shown: str | None = None) -> Iterator[StageProgress]:
@@ -118,10 +124,3 @@ class Runner:
 
     def nothing(self, stage: str, what: str) -> None:
         self.say(stage, f"nothing to do ({what})")
-
-
-def _failure(stage: str, error: Exception, log: Path) -> str:
-    return (
-        f"{stage} failed: {cause_of(error)}\n"
-        f"the log is {log}\nwhat is committed is safe: mend the cause and run the same command again to resume"
-    )

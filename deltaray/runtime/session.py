@@ -2,22 +2,30 @@
 
 import os
 import signal
+import socket
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from deltaray.errors import UserError
 from deltaray.recipe.models import Engine
 from deltaray.recipe.recipe import Cluster
+from deltaray.runtime.failures import cause_of
 from deltaray.runtime.watch import RayletWatch
 
 EMBEDDED_CPUS = 8
 """Least logical CPUs of a Ray started here: its workers mostly wait, and pipelines of actor pools deadlock on two."""
 START_ATTEMPTS = 3
+ANSWER_SECONDS = 1.0
+"""In which a Ray on this machine takes a connection."""
 RETRY_DELAYS = {"RAY_task_retry_delay_ms": 25_000, "RAY_task_actor_unavailable_retry_delay_base_ms": 10_000}
 """Milliseconds before Ray repeats what was lost with a worker of a cluster; for an actor that is out of reach the first
 pause, each further one being twice as long. To know that a node has vanished takes the head five looks of up to 13 s
 each; without pauses all three repetitions would be spent on it before."""
+JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Set by Ray's job server, and only by it, for the commands that it runs; its RAY_ADDRESS is then that of the job."""
 STREAM_CPUS = 1.0
 """Logical CPUs that the reading and writing tasks around an actor pool need."""
 TRIAL_CPUS = 0.25
@@ -50,7 +58,51 @@ def declared_capacity(cluster: Cluster) -> Capacity:
 
 
 def joins_cluster(cluster: Cluster) -> bool:
-    return cluster.address is not None or "RAY_ADDRESS" in os.environ
+    return address_of(cluster) is not None
+
+
+def address_of(cluster: Cluster) -> str | None:
+    """The cluster that a study runs on: the recipe's, inside a Ray job that of the job; None: a Ray of its own.
+
+    What else Ray would join by itself (RAY_ADDRESS, a head that `ray start` has left running here, or only the address
+    of one that has died) is not asked for by the recipe: see `others_here`.
+    """
+    if cluster.address is not None:
+        return cluster.address
+    return os.environ.get("RAY_ADDRESS") or "auto" if JOB_VARIABLE in os.environ else None
+
+
+def others_here() -> dict[str, str]:
+    """Where a Ray is named that a study without `cluster.address` does not use: address -> what names it."""
+    from ray._common.utils import get_ray_address_file
+
+    found, file = {os.environ.get("RAY_ADDRESS", ""): "RAY_ADDRESS"}, Path(get_ray_address_file(None))
+    with suppress(OSError):
+        found.setdefault(file.read_text().strip(), str(file))
+    return {address: where for address, where in found.items() if address}
+
+
+def which_ray(cluster: Cluster, capacity: "Capacity") -> str:
+    """One line on the Ray that a command uses."""
+    size = f"{capacity.cpus:g} CPUs" + (f", {capacity.gpus:g} GPUs" if capacity.gpus else "")
+    if (address := address_of(cluster)) is not None:
+        return f"uses the Ray cluster at {address} ({size})"
+    others = [
+        f"another Ray runs at {address}: set cluster.address to join it"
+        if _answers(address)
+        else f"{address}, which {where} names, does not answer"
+        for address, where in others_here().items()
+    ]
+    return "; ".join([f"uses its own Ray on this machine ({size})", *others])
+
+
+def _answers(address: str) -> bool:
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    try:
+        with socket.create_connection((host, int(port)), timeout=ANSWER_SECONDS):
+            return True
+    except (OSError, ValueError):
+        return False
 
 
 def _gpus_here() -> int:
@@ -66,10 +118,10 @@ _watches: list[RayletWatch] = []
 
 
 def start_ray(cluster: Cluster, say: Callable[[str], None]) -> Capacity:
-    """Joins the cluster at `cluster.address` (or RAY_ADDRESS), or starts Ray on this machine.
+    """Joins the cluster at `cluster.address` (inside a Ray job: the job's), or starts Ray on this machine.
 
     Args:
-        say: told if the Ray of this machine dies, before this process ends with it.
+        say: told which Ray it is, and if the Ray of this machine dies, before this process ends with it.
 
     Raises:
         UserError: no cluster answers at the address.
@@ -84,10 +136,24 @@ def start_ray(cluster: Cluster, say: Callable[[str], None]) -> Capacity:
 
     if not ray.is_initialized():
         on_sigterm = signal.getsignal(signal.SIGTERM)
-        init_ray(_init_arguments(cluster))
+        _join_or_start(cluster)
         signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own would end the driver before it can say how to resume
         _watches.append(RayletWatch(say))
+        say(which_ray(cluster, cluster_capacity(cluster)))
     return cluster_capacity(cluster)
+
+
+def _join_or_start(cluster: Cluster) -> None:
+    address = address_of(cluster)
+    try:
+        init_ray(_init_arguments(cluster))
+    except (ConnectionError, RuntimeError) as error:
+        if address is None:
+            raise
+        raise UserError(
+            f"cluster.address: the Ray at {address} cannot be joined: {cause_of(error)}\nstart it, correct the "
+            "address, or leave cluster.address out: then the study starts a Ray of its own on this machine"
+        ) from error
 
 
 def cluster_capacity(cluster: Cluster) -> Capacity:
@@ -102,9 +168,13 @@ def cluster_capacity(cluster: Cluster) -> Capacity:
 
 
 def init_ray(arguments: dict[str, Any]) -> None:
-    """`ray.init`, repeated on a machine so busy that Ray's processes need longer than the 30 s it gives them."""
+    """`ray.init`, repeated on a machine so busy that Ray's processes need longer than the 30 s it gives them.
+
+    Without an `address` it starts a Ray of its own, whatever else runs or has run on this machine.
+    """
     import ray
 
+    arguments = {"address": "local"} | arguments
     for attempt in range(1, START_ATTEMPTS + 1):
         try:
             ray.init(**arguments)
@@ -118,8 +188,8 @@ def init_ray(arguments: dict[str, Any]) -> None:
 
 def _init_arguments(cluster: Cluster) -> dict[str, Any]:
     arguments: dict[str, Any] = {"log_to_driver": False, "logging_level": "warning"}
-    if joins_cluster(cluster):
-        return arguments | ({"address": cluster.address} if cluster.address else {})
+    if (address := address_of(cluster)) is not None:
+        return arguments | {"address": address}
     capacity = declared_capacity(cluster)
     return arguments | {
         "num_cpus": capacity.cpus,

@@ -20,12 +20,12 @@ def side_by_side(jobs: list[Job]) -> None:
 
 def as_room_allows(jobs: list[Job], needs: list[Capacity], capacity: Capacity) -> None:
     """The same, but each job starts only when what it needs is free; failures and interruptions as there."""
-    ended: SimpleQueue[tuple[int, Exception | None]] = SimpleQueue()
+    ended: SimpleQueue[tuple[int, BaseException | None]] = SimpleQueue()
 
     def work(number: int) -> None:
         try:
             jobs[number]()
-        except Exception as error:
+        except BaseException as error:  # a panic of Rust code is no `Exception`, and would never be heard of
             ended.put((number, error))
         else:
             ended.put((number, None))

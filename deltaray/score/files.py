@@ -11,7 +11,7 @@ import pyarrow as pa
 from deltaray.contracts import SCORES
 from deltaray.prompts.shards import shard_name, shard_of
 from deltaray.prompts.turns import full_turns
-from deltaray.score.response import Response, Score
+from deltaray.score.response import Response, Score, unscored
 from deltaray.store import Store
 
 AT_ONCE = 2048
@@ -75,7 +75,10 @@ def _asked(unit: Unit, row: dict[str, Any], prompt: dict[str, Any]) -> Asked:
         return key, None, "other source"
     if not is_drawn(row["prompt_id"], spec["share"]):
         return key, None, "not drawn"
-    turns, _ = full_turns(prompt.get("messages") or [], prompt.get("conversation"))
+    try:
+        turns, _ = full_turns(prompt.get("messages") or [], prompt.get("conversation"))
+    except BaseException as error:
+        return key, None, unscored(error).note
     return key, Response(unit["teacher"], row["text"], prompt["answer"], turns), None
 
 

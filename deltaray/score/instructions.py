@@ -6,6 +6,7 @@ from typing import Any
 
 from deltaray.errors import UserError
 from deltaray.recipe.scorers import IfEval
+from deltaray.runtime.failures import reason_of
 from deltaray.score.response import UNANSWERED, Response, Score, ScoreFunction
 
 
@@ -35,7 +36,7 @@ def ifeval_scorer(spec: IfEval) -> ScoreFunction:
         try:
             followed = check(example, response.text).follow_instruction_list
         except LookupError as error:  # an unknown id, or nltk's punkt_tab that cannot be fetched from here
-            return Score(None, f"not checkable: {str(error).strip().splitlines()[0]}")
+            return Score(None, f"not checkable: {reason_of(error)}")
         except (TypeError, ValueError) as error:
             return Score(None, f"arguments do not fit: {error}")
         parts = {"followed": float(sum(followed)), "instructions": float(len(followed))}

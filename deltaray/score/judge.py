@@ -7,13 +7,11 @@ from statistics import fmean
 from typing import Any
 
 from deltaray.recipe.scorers import Judge
-from deltaray.score.response import Score
+from deltaray.score.response import JUDGE_FAILED, UNPARSABLE, Score
 
 Question = tuple[str, list[dict[str, str]]]
 """(its name, the conversation that is put to the judge)."""
 
-FAILED = "judge failed"
-"""The kind of note where there is no answer at all."""
 ORDERS = ("first", "second")
 """Where the response stands in a comparison: each is asked once in either place."""
 
@@ -144,4 +142,4 @@ def score_of(spec: Judge, answers: dict[str, list[tuple[str, str | None]]]) -> S
         value = fmean(parts.values())
         return Score(0.5 if spec.against and len(set(parts.values())) > 1 else value, parts=parts)
     errors = [error for name in missing for _, error in answers.get(name, []) if error]
-    return Score(None, f"{FAILED}: {errors[0]}" if errors else f"unparsable: {', '.join(missing)}", parts)
+    return Score(None, f"{JUDGE_FAILED}: {errors[0]}" if errors else f"{UNPARSABLE}: {', '.join(missing)}", parts)

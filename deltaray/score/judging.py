@@ -25,9 +25,9 @@ from deltaray.recipe.study import Study
 from deltaray.runtime.session import Capacity
 from deltaray.runtime.stream import map_units
 from deltaray.score.files import Asked, Key, Unit, read_slices, write_scores
-from deltaray.score.judge import FAILED, questions_of, score_of
+from deltaray.score.judge import questions_of, score_of
 from deltaray.score.registry import section_of
-from deltaray.score.response import Score
+from deltaray.score.response import FAILED, JUDGE_FAILED, Score, unscored
 from deltaray.store import Store
 
 Conversation = list[dict[str, str]]
@@ -78,11 +78,11 @@ def judge_work(store: Store, unit: Unit, unit_size: int, retry: bool) -> Work:
 
 
 def forget_failed(store: Store, sides: list[tuple[str, str]]) -> None:
-    """Removes the files of scores in which a judge failed, so that they are made again."""
+    """Removes the files of scores in which a scorer or judge failed, so that they are made again."""
     for scorer, teacher in sides:
         for path in store.committed(Store.scores(scorer, teacher)):
             notes = store.read_table(path, ["note"])["note"]
-            if pc.any(pc.starts_with(notes, FAILED)).as_py():
+            if any(pc.any(pc.starts_with(notes, kind)).as_py() for kind in FAILED):
                 store.delete([path])
 
 
@@ -93,21 +93,30 @@ def write_questions(store: Store, unit_size: int, unit: Unit) -> dict[str, Any]:
     for number, part in enumerate(read_slices(store, unit, messages=True)):
         rows = [
             PromptRow(prompt_id=name, messages=conversation, answer=None, source=None, error=None)
-            for name, (_, _, conversation) in _asked(spec, part, others).items()
+            for name, (_, _, conversation) in _asked(spec, part, others)[0].items()
         ]
         store.write_table(_questions_path(unit, number), prompt_table(rows), PROMPTS, row_group_size=unit_size)
     return {}
 
 
-def _asked(spec: Judge, part: list[Asked], others: dict[Key, str]) -> dict[str, tuple[Key, str, Conversation]]:
-    """Every question by a name that holds its words, too: what was answered about other words does not count."""
-    found = {}
+def _asked(
+    spec: Judge, part: list[Asked], others: dict[Key, str]
+) -> tuple[dict[str, tuple[Key, str, Conversation]], dict[Key, Score]]:
+    """Every question by a name that holds its words, too: what was answered about other words does not count.
+
+    Beside them the responses that no question can be made of.
+    """
+    found, refused = {}, {}
     for key, response, _ in part:
-        if response is not None and (spec.against is None or key in others):
+        if response is None or (spec.against is not None and key not in others):
+            continue
+        try:
             for name, conversation in questions_of(spec, response.messages, response.text, others.get(key)):
                 words = hashlib.blake2b(conversation[-1]["content"].encode(), digest_size=8).hexdigest()
                 found[f"{key[0]}#{key[1]}#{name}#{words}"] = (key, name, conversation)
-    return found
+        except BaseException as error:
+            refused[key] = unscored(error, JUDGE_FAILED)
+    return found, refused
 
 
 def _questions_path(unit: Unit, number: int) -> str:
@@ -137,10 +146,10 @@ def _judged_slices(store: Store, unit: Unit) -> Iterator[list[tuple[Key, Score]]
     spec: Judge = section_of(unit["spec"])
     own, others = unit["teacher"] == spec.against, _other_texts(store, unit)
     for number, part in enumerate(read_slices(store, unit, messages=True)):
-        asked = _asked(spec, part, others)
+        asked, refused = _asked(spec, part, others)
         answers = _answers(store, unit, shard_name(_questions_path(unit, number)), asked)
         yield [
-            (key, Score(None, note) if response is None else _score(spec, answers.get(key), own))
+            (key, Score(None, note) if response is None else refused.get(key) or _score(spec, answers.get(key), own))
             for key, response, note in part
         ]
 
@@ -148,7 +157,12 @@ def _judged_slices(store: Store, unit: Unit) -> Iterator[list[tuple[Key, Score]]
 def _score(spec: Judge, answers: dict[str, list[tuple[str, str | None]]] | None, own: bool) -> Score:
     if own:
         return Score(0.5, "compared with itself")
-    return Score(None, "nothing to compare with") if answers is None else score_of(spec, answers)
+    if answers is None:
+        return Score(None, "nothing to compare with")
+    try:
+        return score_of(spec, answers)
+    except BaseException as error:
+        return unscored(error, JUDGE_FAILED)
 
 
 def _answers(

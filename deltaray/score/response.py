@@ -5,6 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from deltaray.runtime.failures import reason_of
+
 
 @dataclass(frozen=True, slots=True)
 class Response:
@@ -36,5 +38,27 @@ class Score:
 
 
 ScoreFunction = Callable[[Response], Score]
+
+SCORER_FAILED, JUDGE_FAILED, UNPARSABLE = "scorer failed", "judge failed", "unparsable"
+"""Kinds of notes of responses that a scorer should have scored and has not."""
+FAILED = (SCORER_FAILED, JUDGE_FAILED)
+NOT_ASKED = ("failed response", "other source", "not drawn", "nothing to compare with", "compared with itself")
+"""Kinds of notes of responses that were not to be scored."""
+
+
+def scored(function: ScoreFunction, response: Response) -> Score:
+    """The function's score, or no score and what it raised: one response never ends a stage."""
+    try:
+        score = function(response)
+        score.row()
+    except BaseException as error:
+        return unscored(error)
+    return score
+
+
+def unscored(error: BaseException, kind: str = SCORER_FAILED) -> Score:
+    """No score, and why; raises the error again where it concerns more than a response."""
+    return Score(None, f"{kind}: {reason_of(error)}")
+
 
 UNANSWERED = Score(None, "no answer to compare with")

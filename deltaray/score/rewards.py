@@ -7,12 +7,13 @@ from typing import Any
 from deltaray.chat import Message
 from deltaray.errors import UserError
 from deltaray.recipe.scorers import RewardModel
+from deltaray.runtime.failures import reason_of
 from deltaray.runtime.guard import guarded
 from deltaray.runtime.session import Capacity
 from deltaray.runtime.stream import quiet_ray_data
 from deltaray.score.files import Asked, Key, Unit, read_slices, write_scores
 from deltaray.score.registry import section_of
-from deltaray.score.response import Score
+from deltaray.score.response import Score, unscored
 from deltaray.store import Store
 from deltaray.tokenizer import load_tokenizer
 
@@ -68,22 +69,45 @@ class RewardWorker:
 
     def _slice(self, part: list[Asked]) -> list[tuple[Key, Score]]:
         asked = [(key, [*it.messages, {"role": "assistant", "content": it.text}]) for key, it, _ in part if it]
-        values = dict(zip([key for key, _ in asked], self.rewards([turns for _, turns in asked]), strict=True))
-        return [(key, Score(None, note) if it is None else Score(values[key])) for key, it, note in part]
+        found = dict(zip([key for key, _ in asked], self.scores([turns for _, turns in asked]), strict=True))
+        return [(key, Score(None, note) if it is None else found[key]) for key, it, note in part]
 
-    def rewards(self, conversations: Sequence[Sequence[Message]]) -> list[float]:
+    def rewards(self, conversations: Sequence[Sequence[Message]]) -> list[float | None]:
         """The reward of each conversation, in order; what else is in a batch does not change it."""
-        arguments = self.tokenizer.template_arguments | {"tokenize": True, "return_dict": False}
-        ids = [
-            list(self.tokenizer.apply_chat_template(list(turns), **arguments))[-self.spec.max_length :]
-            for turns in conversations
-        ]
-        order = sorted(range(len(ids)), key=lambda place: -len(ids[place]))  # alike lengths waste least on padding
-        found: dict[int, float] = {}
+        return [score.value for score in self.scores(conversations)]
+
+    def scores(self, conversations: Sequence[Sequence[Message]]) -> list[Score]:
+        """The score of each; one that the template, the tokenizer or the model refuses has none."""
+        found: dict[int, Score] = {}
+        ids: dict[int, list[int]] = {}
+        for place, turns in enumerate(conversations):
+            try:
+                ids[place] = self._ids(turns)
+            except BaseException as error:
+                found[place] = unscored(error)
+        order = sorted(ids, key=lambda place: -len(ids[place]))  # alike lengths waste least on padding
         for start in range(0, len(order), self.spec.batch_size):
             places = order[start : start + self.spec.batch_size]
-            found |= dict(zip(places, self._batch([ids[place] for place in places]), strict=True))
-        return [found[place] for place in range(len(ids))]
+            found |= dict(zip(places, self._scored([ids[place] for place in places]), strict=True))
+        return [found[place] for place in range(len(conversations))]
+
+    def _ids(self, turns: Sequence[Message]) -> list[int]:
+        """Raises what the template or the tokenizer raises, and ValueError for a conversation without any token."""
+        arguments = self.tokenizer.template_arguments | {"tokenize": True, "return_dict": False}
+        ids = list(self.tokenizer.apply_chat_template(list(turns), **arguments))[-self.spec.max_length :]
+        if not ids:
+            raise ValueError("the chat template makes no token of the conversation")
+        return ids
+
+    def _scored(self, ids: list[list[int]]) -> list[Score]:
+        """Of a batch that the model does not take each row by itself."""
+        try:
+            return [Score(value) for value in self._batch(ids)]
+        except BaseException as error:
+            if len(ids) == 1:
+                return [unscored(error)]
+            reason_of(error)  # raises what concerns more than a row
+        return [score for row in ids for score in self._scored([row])]
 
     def _batch(self, ids: list[list[int]]) -> list[float]:
         import torch

@@ -32,6 +32,7 @@ def run_tests(program: str, tests: list[str], seconds: float, memory_mib: int) -
 
     Raises:
         UserError: processes cannot be confined here, so nothing was run.
+        RuntimeError: the interpreter did not get as far as the program.
     """
     word = secrets.token_hex(16)  # what the program itself prints is no verdict
     request = {"word": word, "program": program, "tests": tests, "seconds": seconds, "memory": memory_mib << 20}
@@ -55,11 +56,12 @@ def run_tests(program: str, tests: list[str], seconds: float, memory_mib: int) -
 
 
 def _outcome(said: list[str], tests: int, killed: bool) -> Outcome:
-    if not said or said[0].startswith("unconfined"):
-        reason = said[0].removeprefix("unconfined ") if said else "the interpreter did not start"
+    if not said:
+        raise RuntimeError("the interpreter did not start in time" if killed else "the interpreter did not start")
+    if said[0].startswith("unconfined"):
         raise UserError(
-            f"python_tests: programs cannot be confined on this machine ({reason}), and are not run without; it takes "
-            "Linux on x86_64 or aarch64 whose container allows seccomp filters"
+            f"python_tests: programs cannot be confined on this machine ({said[0].removeprefix('unconfined ')}), and "
+            "are not run without; it takes Linux on x86_64 or aarch64 whose container allows seccomp filters"
         )
     results = [line.removeprefix("test ") for line in said if line.startswith("test ")]
     passed = results.count("passed")

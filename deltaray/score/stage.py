@@ -4,16 +4,26 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
+import pyarrow.compute as pc
+
+from deltaray.errors import StageError
+from deltaray.generate.pools import AGAIN, OnRows
 from deltaray.prompts.shards import shard_name
+from deltaray.recipe.recipe import Failures
 from deltaray.recipe.scorers import Judge, scorer_name
 from deltaray.recipe.study import Study
 from deltaray.runtime.session import Capacity
 from deltaray.runtime.stream import map_units
+from deltaray.runtime.tally import Tally, broken
 from deltaray.score.files import AT_ONCE, Key, Scoring, Unit, missing_units, read_slices, write_scores
 from deltaray.score.registry import SCORERS, section_of
-from deltaray.score.response import Score
+from deltaray.score.response import FAILED, NOT_ASKED, UNPARSABLE, Score, scored
 from deltaray.store import Store
 
+REMEDY = (
+    "fix the cause and run `deltaray score RECIPE --retry-failed`, which scores again what failed, or raise "
+    "failures.max_share"
+)
 Side = tuple[str, str]
 """(scorer, teacher)."""
 
@@ -62,14 +72,14 @@ def score(
     store: Store,
     sides: list[Side] | None = None,
     capacity: Capacity | None = None,
-    on_rows: Callable[[str, int, int, int], None] = lambda *_: None,
+    on_rows: OnRows = lambda *_: None,
     say: Callable[[str], None] = lambda _: None,
     retry_failed: bool = False,
 ) -> int:
     """Completes the scores of `sides` (default: what the pairings ask for); returns how many responses were looked at.
 
     Args:
-        on_rows: progress as (scorer and teacher, responses done, responses in all, 0).
+        on_rows: progress as (scorer and teacher, responses done, responses in all, 0, how many had no score).
         retry_failed: judges are asked again what they failed to answer.
     """
     units = missing_scores(study, store, sides)
@@ -81,7 +91,7 @@ def score_units(
     store: Store,
     units: list[Unit],
     capacity: Capacity,
-    on_rows: Callable[[str, int, int, int], None],
+    on_rows: OnRows,
     say: Callable[[str], None],
     retry_failed: bool = False,
 ) -> int:
@@ -90,12 +100,59 @@ def score_units(
     for unit in units:
         name = _shown(unit)
         totals[name] = totals.get(name, 0) + store.count(unit["responses"])
-    done = dict.fromkeys(totals, 0)
+    done, failed = dict.fromkeys(totals, 0), dict.fromkeys(totals, 0)
     for result in _results(study, store, units, capacity, on_rows, say, retry_failed):
         name = _shown(result)
         done[name] += result["rows"]
-        on_rows(name, done[name], totals[name], 0)
+        for note, count in result["unscored"].items():
+            failed[name] += count if note in FAILED else 0
+        note = f"{failed[name]:,} failed" if failed[name] else ""
+        on_rows(name, done[name], totals[name], 0, note)
     return sum(done.values())
+
+
+def refuse_unscored(
+    store: Store, folders: dict[str, str], failures: Failures, say: Callable[[str], None], again: bool = False
+) -> None:
+    """Says at what the scorers failed, of all scores that are stored.
+
+    Args:
+        folders: of scores, by what is shown of scorer and teacher.
+        again: what was failed at too often is forgotten, so that the same command does it again.
+    Raises:
+        StageError: a scorer failed at too large a share of what it was asked, or could read none of its judge's words.
+    """
+    share = failures.max_share
+    tallies = {folder: _tally(store, name, folder) for name, folder in folders.items()}
+    too_many = {folder: tally for folder, tally in tallies.items() if tally.is_too_much(share)}
+    if too_many:
+        if again:
+            store.delete([path for folder in too_many for path in store.committed(folder)])
+        raise StageError(broken(list(too_many.values()), share, AGAIN if again else REMEDY))
+    for tally in tallies.values():
+        if tally.failed:
+            say(tally.line())
+
+
+def _tally(store: Store, name: str, folder: str) -> Tally:
+    """Responses that were to be scored, and those without a score for which the scorer is to blame.
+
+    What a judge said and nobody can read counts only where there is nothing else.
+    """
+    tally, unread = Tally(name, "scores"), Tally(name, "scores")
+    for path in store.committed(folder):
+        table = store.read_table(path, ["score", "note"])
+        blank = table.filter(pc.is_null(table["score"]))["note"].drop_null()
+        counts = {it["values"]: it["counts"] for it in blank.value_counts().to_pylist()}
+        skipped = sum(count for note, count in counts.items() if _kind(note) in NOT_ASKED)
+        for kinds, of in ((FAILED, tally), ((*FAILED, UNPARSABLE), unread)):
+            there = {note: count for note, count in counts.items() if _kind(note) in kinds}
+            of.add(len(table) - skipped, sum(there.values()), there)
+    return unread if unread.failed == unread.rows else tally
+
+
+def _kind(note: str) -> str:
+    return note.partition(":")[0]
 
 
 def _shown(item: dict[str, Any]) -> str:
@@ -107,7 +164,7 @@ def _results(
     store: Store,
     units: list[Unit],
     capacity: Capacity,
-    on_rows: Callable[[str, int, int, int], None],
+    on_rows: OnRows,
     say: Callable[[str], None],
     retry_failed: bool,
 ) -> Iterator[dict[str, Any]]:
@@ -132,11 +189,11 @@ def score_file(store: Store, unit: Unit) -> dict[str, Any]:
     # only what an instruction speaks about needs the conversation before the response
     slices = read_slices(store, unit, messages=unit["spec"]["kind"] == "ifeval")
 
-    def scored() -> Iterator[list[tuple[Key, Score]]]:
+    def all_scored() -> Iterator[list[tuple[Key, Score]]]:
         for part in slices:
-            yield [(key, Score(None, note) if it is None else function(it)) for key, it, note in part]
+            yield [(key, Score(None, note) if it is None else scored(function, it)) for key, it, note in part]
 
-    return write_scores(store, unit, scored())
+    return write_scores(store, unit, all_scored())
 
 
 def _given(store: Store, unit: Unit) -> Iterator[list[tuple[Key, Score]]]:

@@ -4,15 +4,17 @@ The prompt of a turn is the ids of all before it, so no text is tokenized twice 
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
-from deltaray.generate.requests import Output
+from deltaray.generate.requests import Output, failed
 from deltaray.generate.stream import Answering, SpecAround
 from deltaray.generate.units import tokenizer_of
 from deltaray.recipe.models import Teacher
 from deltaray.recipe.search import Search
+from deltaray.runtime.failures import reason_of
 from deltaray.search.trail import Trail, stops
 
 
@@ -49,9 +51,10 @@ class Searching:
         while going:
             answers = await self.engine.generate(_turn(unit, going, self.rules))
             for (_, _, trail), (output,) in zip(going, answers, strict=True):
-                trail.take(output)
+                self._going_on(trail, partial(trail.take, output))
             going = [it for it in going if it[2].query is not None]
             await self._search(unit, [trail for _, _, trail in going])
+            going = [it for it in going if it[2].query is not None]
         return [[trail.result() for trail in of] for of in trails]
 
     async def _search(self, unit: Mapping[str, Any], trails: list[Trail]) -> None:
@@ -70,7 +73,18 @@ class Searching:
 
         found = await self.retriever.find([str(trail.query) for trail in trails], self.rules.passages)
         for trail, passages in zip(trails, found, strict=True):
-            trail.read([cut(passage) for passage in passages], encode)
+            self._going_on(trail, partial(self._read, trail, passages, cut, encode))
+
+    @staticmethod
+    def _read(trail: Trail, passages: list[str], cut: Callable[[str], str], encode: Callable[[str], list[int]]) -> None:
+        trail.read([cut(passage) for passage in passages], encode)
+
+    def _going_on(self, trail: Trail, step: Callable[[], None]) -> None:
+        """Takes a step of one answer; what it raises ends that answer alone."""
+        try:
+            step()
+        except BaseException as error:
+            trail.fail(failed(reason_of(error)))
 
     def close(self) -> None:
         self.engine.close()

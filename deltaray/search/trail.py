@@ -27,6 +27,10 @@ class Trail:
         asked = None if output["error"] else asked_for(output["text"], self.rules.query)
         self.query = asked if self.searches < self.rules.turns else None
 
+    def fail(self, output: Output) -> None:
+        """Ends with a failed output."""
+        self.last, self.query = output, None
+
     def read(self, passages: Sequence[str], encode: Callable[[str], list[int]]) -> None:
         """What the search has found, as the model will read it."""
         result = shown(passages, self.rules.result)

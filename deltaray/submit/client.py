@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from deltaray.errors import StageError, UserError
+from deltaray.runtime.failures import cause_of
 
 ADDRESS = "RAY_API_SERVER_ADDRESS"
 TOKEN_PLACES = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
@@ -59,4 +60,4 @@ def in_our_words(address: str) -> Iterator[None]:
             "port-forward`, `ray dashboard`, `ssh -L 8265:localhost:8265`)"
         ) from None
     except (requests.exceptions.RequestException, RuntimeError) as error:
-        raise StageError(f"--address {address}: the job server failed: {str(error).strip().splitlines()[-1]}") from None
+        raise StageError(f"--address {address}: the job server failed: {cause_of(error)}") from None

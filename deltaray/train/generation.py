@@ -10,7 +10,7 @@ import torch.distributed as dist
 from transformers import GenerationConfig
 
 from deltaray.recipe.training import Generation
-from deltaray.score.response import Response, ScoreFunction
+from deltaray.score.response import Response, ScoreFunction, unscored
 from deltaray.store import Store
 from deltaray.tokenizer import turn_end
 from deltaray.train.attention import PACKED
@@ -103,8 +103,11 @@ class Answering:
     def _scored(self, question: Question, ids: list[int]) -> float | None:
         if self.score is None:
             return None
-        text = self.tokenizer.decode(ids, skip_special_tokens=True)
-        return self.score(Response("student", text, question.answer, question.messages)).value
+        try:
+            text = self.tokenizer.decode(ids, skip_special_tokens=True)
+            return self.score(Response("student", text, question.answer, question.messages)).value
+        except BaseException as error:  # of one answer; the other workers would wait for this one
+            return unscored(error).value
 
 
 def _end_ids(model: Any, tokenizer: Any) -> list[int]:

@@ -12,10 +12,10 @@ from ray.exceptions import RayActorError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchTrainer
 
-from deltaray.errors import StageError, UserError
 from deltaray.imports import quick_imports
 from deltaray.recipe.study import Study, TrainingRun
 from deltaray.recipe.training import Training
+from deltaray.runtime.failures import failure_of
 from deltaray.runtime.guard import guard
 from deltaray.runtime.leftovers import release_groups
 from deltaray.runtime.session import Capacity, beside_driver, cluster_capacity, logs_of_ray
@@ -108,7 +108,7 @@ def _fit(trainer: Callable[[], TorchTrainer], progress: Any, group: list[Trainin
             run = next((run.name for run in reversed(group) if run.name in begun), group[0].name)
             died = isinstance(getattr(error, "controller_failure", error), RayActorError)
             if not died or again > repeats:
-                raise _failure(error, run) from error
+                raise failure_of(f"training {run}", error, logs_of_ray()) from error
             ray.get(progress.note.remote(run, f"an actor of Ray Train died; starting the workers again ({again})"))
 
 
@@ -221,14 +221,3 @@ def _watched(progress: Any, on_progress: OnProgress, say: Callable[[str], None])
     finally:
         over.set()
         thread.join()
-
-
-# --- failures ---------------------------------------------------------------------------------------------------
-def _failure(error: TrainingFailedError | RayActorError, run: str) -> Exception:
-    causes: dict[int, BaseException] = getattr(error, "worker_failures", {})
-    cause: BaseException = next(iter(causes.values()), error)
-    cause = getattr(cause, "cause", None) or cause
-    if isinstance(cause, UserError):
-        return cause
-    message = (str(cause).strip() or type(cause).__name__).splitlines()[-1]
-    return StageError(f"training {run} failed: {message}\nlog: {logs_of_ray()}\nrun the same command to resume")

@@ -15,6 +15,7 @@ from ray import tune
 
 from deltaray.errors import StageError, UserError
 from deltaray.recipe.study import Study
+from deltaray.runtime.failures import told_in
 from deltaray.runtime.session import Capacity
 from deltaray.store import Store
 from deltaray.tune.records import write_record
@@ -66,7 +67,7 @@ def run_trial(config: Choice, sweep: Sweep) -> None:
     try:
         facts = _work(sweep, trial, clock)
     except (UserError, StageError) as error:
-        reason = str(getattr(error, "cause", None) or error)  # an actor's comes with a traceback around it
+        reason = str(told_in(error) or error)  # an actor's comes with a traceback around it
         record = write_record(store, trial, "failed", reason=reason, seconds=clock.seconds, seeds=seeds)
     else:
         record = write_record(store, trial, "finished", seconds=clock.seconds, seeds=seeds, **facts)

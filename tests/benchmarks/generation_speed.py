@@ -151,7 +151,7 @@ def ours(case: Case, folder: Path) -> list[Event]:
     identity = identity_digest(generation_identity(teacher))
     work = work_of(store, Assignment("t", teacher, Store.prompts, responses, identity, case.unit_size))
 
-    def on_rows(name: str, done: int, total: int, tokens: int) -> None:
+    def on_rows(name: str, done: int, total: int, tokens: int, note: str) -> None:
         if done:
             events.append((time.monotonic(), tokens))
 
