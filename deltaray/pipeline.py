@@ -50,8 +50,10 @@ class Pipeline:
         capacity = capacity or self._declared()
         prompts = None
         if not self._family_missing():
+            notes: list[str] = []
             with self.terminal.chatter_to(Path(os.devnull)):
-                prompts = check_local_inputs(self.study, self.store)
+                prompts = check_local_inputs(self.study, self.store, notes.append)
+            self._tell(notes)
             self._claim()
         return make_plan(self.study, self.store, prompts, capacity), capacity
 
@@ -62,9 +64,16 @@ class Pipeline:
         return capacity
 
     def _check(self) -> None:
+        notes: list[str] = []
         with self.terminal.chatter_to(Path(os.devnull)):
-            check_inputs(self.study, self.store)
+            check_inputs(self.study, self.store, notes.append)
+        self._tell(notes)
         self._claim()
+
+    def _tell(self, notes: list[str]) -> None:
+        """What the checks found that the user should know, each thing once."""
+        for note in dict.fromkeys(notes):
+            self.terminal.say(note)
 
     def _claim(self) -> None:
         """Refuses an `out` whose artifacts come from other definitions, but for responses that may step aside."""

@@ -11,7 +11,7 @@ from functools import partial
 from deltaray.pair.filters import Candidate, Rule, text_filter, token_filter
 from deltaray.recipe.deltas import Pairing
 
-FAILURES = ("prompt refused", "engine error", "empty answer")
+FAILURES = ("prompt refused", "engine error", "empty answer", "answer calls tools", "answer not Unicode")
 """Kinds of failed responses, as their `error` begins."""
 Named = tuple[str, Rule]
 
