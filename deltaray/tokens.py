@@ -1,7 +1,7 @@
 """Every response in a student's tokens, once: for all pairings that use it and for the reference pass.
 
-A file of tokens has the rows of its file of responses, in the same order. Its name holds the size and time of that
-file: responses that changed under their name are tokenised anew.
+A file of tokens has the rows of its file of responses, in the same order. Its name holds a digest of that file's
+content: responses that changed under their name are tokenised again.
 """
 
 import hashlib
@@ -19,6 +19,7 @@ from deltaray.prompts.turns import full_turns
 from deltaray.recipe.models import Student
 from deltaray.recipe.study import Study
 from deltaray.runtime.stream import map_units
+from deltaray.storage.filesystem import together
 from deltaray.store import Store
 
 AT_ONCE = 2048
@@ -32,8 +33,9 @@ def token_files(store: Store, student: str, teacher: str) -> dict[str, str]:
     """File of responses -> its file of tokens, whether that is there or not."""
     folder = Store.tokens(student, teacher)
     found = {}
-    for path, info in store.listing(Store.responses(teacher)).items():
-        digest = hashlib.sha256(f"{info.size} {info.mtime_ns}".encode()).hexdigest()[:8]
+    paths = store.committed(Store.responses(teacher))
+    for path, content in zip(paths, together(store.content, paths), strict=True):
+        digest = hashlib.sha256(content.encode()).hexdigest()[:8]
         found[path] = f"{folder}/{shard_name(path)}-{digest}.parquet"
     return found
 

@@ -133,7 +133,7 @@ def test_preferences_are_scored_paired_and_ready_to_train(ray_session: Any, tmp_
     store_preferences(store, section, shard_size=8, unit_size=4)
     assert score(study, store) == 48 and not missing_scores(study, store)
     assert pair(study, store) == {"all": 24, "clear": 12}
-    funnel = store.read_json(f"{Store.pairs('all')}/funnel.json")
+    funnel = store.read_json(f"{Store.pairs('all')}/_funnel.json")
     assert funnel[0]["in"] == 20 and funnel[-1]["out"] == 24
     assert all(one["out"] == other["in"] for one, other in pairwise(funnel))
     assert {row["delta"] for row in store.read_tables(Store.pairs("clear"), PAIRS).to_pylist()} == {3.0, 4.0}

@@ -193,7 +193,7 @@ class _Writer:
 
     def _write(self, file: str, side: int, rows: list[tuple[int, Preference]]) -> None:
         name = self.names[side]
-        responses = [_response(name, sample, row, side) for sample, row in rows]
+        responses = [_response(sample, row, side) for sample, row in rows]
         scores = [
             {"prompt_id": row.prompt["prompt_id"], "sample": sample, "score": row.scores[side]} for sample, row in rows
         ]
@@ -202,13 +202,12 @@ class _Writer:
         self.store.write_table(f"{Store.responses(name)}/{file}", table, RESPONSES)
 
 
-def _response(name: str, sample: int, row: Preference, side: int) -> dict[str, Any]:
+def _response(sample: int, row: Preference, side: int) -> dict[str, Any]:
     """A row of `contracts.RESPONSES`; whose tokens these were is not known, so words stand in for their number."""
     answer, refused = row.answers[side], row.prompt["error"]
     return {
         "prompt_id": row.prompt["prompt_id"],
         "sample": sample,
-        "teacher": name,
         "text": answer.text,
         "reasoning": answer.reasoning,
         "prompt_token_ids": [],
