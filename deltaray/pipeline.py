@@ -18,7 +18,7 @@ from deltaray.runtime.preflight import check_inputs, check_local_inputs, definit
 from deltaray.runtime.runner import Runner
 from deltaray.runtime.session import Capacity, declared_capacity, joins_cluster, stop_ray
 from deltaray.runtime.terminal import Terminal
-from deltaray.runtime.upgrade import hide_records
+from deltaray.runtime.upgrade import move_records
 from deltaray.stages import Stages
 from deltaray.store import Store
 
@@ -125,7 +125,7 @@ class Pipeline:
             self.runner.ray()
         alone.enter_context(self.store.lock())
         self.store.sweep()
-        hide_records(self.store)
+        move_records(self.store)
         self._write_recipe()
 
     def _run_stages(self, stages: list[str], log: Path) -> None:

@@ -16,6 +16,10 @@ from deltaray.errors import UserError
 from deltaray.storage.files import COMPLETE, Files
 from deltaray.storage.filesystem import together
 
+PAIRS_PREFIX = "train-"
+"""Of the files of pairs: `datasets` takes files with the name of a split alone, and leaves `_funnel.json` and
+`_delta.json` beside them out, as all others do whatever the files are called."""
+
 
 class Store(Files):
     """One study's outputs on a local folder or an object store."""
@@ -115,8 +119,13 @@ class Store(Files):
 
     @staticmethod
     def sample_results(model: str, task: str) -> str:
-        """The results beside it."""
-        return f"evaluation/samples/{model}/_{task}.json"
+        """Its results; no folder of Parquet files holds others, but that of pairs."""
+        return f"evaluation/results/{model}/{task}.json"
+
+    @staticmethod
+    def pair_shard(pairing: str, shard: str) -> str:
+        """The pairs of a shard of prompts."""
+        return f"{Store.pairs(pairing)}/{PAIRS_PREFIX}{shard}.parquet"
 
     @staticmethod
     def funnel(pairing: str) -> str:

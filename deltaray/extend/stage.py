@@ -31,7 +31,7 @@ from deltaray.runtime.session import Capacity
 from deltaray.store import Store
 
 RECORD = ".deltaray/extensions/record.json"
-COUNTS = f"{Store.prompts}/_extensions.json"
+COUNTS = "extensions.json"
 AT_ONCE = 4096
 
 

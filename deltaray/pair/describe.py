@@ -20,7 +20,7 @@ from deltaray.pair.sums import Floats, Histogram, Moments, features, resampled
 from deltaray.prompts.shards import read_rows, shard_name
 from deltaray.recipe.study import Study
 from deltaray.runtime.stream import map_units
-from deltaray.store import Store, keys_of, number_of
+from deltaray.store import PAIRS_PREFIX, Store, keys_of, number_of
 
 CLIP = 2000
 """Characters of a text that `_delta.json` holds of an example."""
@@ -73,7 +73,7 @@ def describe_shard(store: Store, unit: dict[str, Any]) -> dict[str, Any]:
     prompts = pc.rank(pairs["prompt_id"], tiebreaker="dense").to_numpy().astype(np.int64) - 1
     chosen, rejected = (_floats(pairs[f"{side}_score"]) for side in SIDES)
     tokens = [_floats(pairs[f"{side}_tokens"]) for side in SIDES]
-    shard = shard_name(unit["pairs"])
+    shard = shard_name(unit["pairs"]).removeprefix(PAIRS_PREFIX)
     numbers = [("tokens", tokens), *_numbers(store, unit, pairs, shard)]
     differences = {name: Difference.of(sides[0], sides[1], prompts) for name, sides in numbers}
     sums = resampled(features(chosen, rejected, tokens[0] - tokens[1]), prompts, f"{unit['pairing']} {shard}")

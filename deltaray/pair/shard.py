@@ -154,4 +154,4 @@ class _Left:
     def write(self, store: Store, name: str, shard: str) -> None:
         store.write_table(f"{Store.removed(name)}/{shard}.parquet", removed_table(*self.joined, self.removed), REMOVED)
         pairs = pa.concat_tables(self.tables)
-        store.write_table(f"{Store.pairs(name)}/{shard}.parquet", pairs, PAIRS, row_group_size=ROW_GROUP)
+        store.write_table(Store.pair_shard(name, shard), pairs, PAIRS, row_group_size=ROW_GROUP)

@@ -15,7 +15,7 @@ from deltaray.recipe.filters import Contaminated, DuplicatePrompt
 from deltaray.recipe.scorers import scorer_name
 from deltaray.recipe.study import Study
 from deltaray.runtime.stream import map_units
-from deltaray.store import Store
+from deltaray.store import PAIRS_PREFIX, Store
 from deltaray.tokens import complete_tokens, files_by_shard, paired_sides
 
 Dropped = dict[int, dict[str, list[str]]]
@@ -56,7 +56,7 @@ def pair(study: Study, store: Store, on_pairing: Callable[[str, int], None] = la
     """
     inputs = {name: inputs_of(study, store, name) for name in study.pairings}
     todo = [name for name in study.pairings if store.made_from(name) != inputs[name]]
-    store.delete(delta_path(name) for name in todo)
+    store.delete(path for name in todo for path in (delta_path(name), *_of_earlier_version(store, name)))
     complete_tokens(study, store, paired_sides(study, todo))
     dropped = {name: _dropped(study, store, name) for name in todo}
     chosen = _choose(study, store, [name for name in todo if study.pairings[name].is_drawn], dropped)
@@ -74,6 +74,12 @@ def pair(study: Study, store: Store, on_pairing: Callable[[str, int], None] = la
     describe(study, store, [name for name in there if not is_described(study, store, name)])
     _refuse_empty(store, counts)
     return counts
+
+
+def _of_earlier_version(store: Store, name: str) -> list[str]:
+    """Its files of pairs, which had other names."""
+    paths = store.committed(Store.pairs(name))
+    return [path for path in paths if not shard_name(path).startswith(PAIRS_PREFIX)]
 
 
 def _commit(store: Store, name: str, funnel: Funnel, inputs: str) -> int:

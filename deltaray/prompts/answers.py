@@ -58,7 +58,11 @@ def _start(prompt: Any) -> list[Turn]:
         if not prompt.strip():
             raise RowError("`prompt` is empty; write the user's question")
         return [{"role": "user", "content": prompt}]
-    return turns_of([prompt] if isinstance(prompt, dict) and "role" in prompt else prompt, "prompt")
+    if isinstance(prompt, dict) and "role" in prompt:
+        return turns_of([prompt], "prompt")
+    if not isinstance(prompt, list):
+        raise RowError(f"`prompt` must be text, or turns {{role, content}}, not {short(repr(prompt))}")
+    return turns_of(prompt, "prompt")
 
 
 def _joined(prompt: Any, before: list[Turn], side: str) -> list[Turn]:
@@ -93,7 +97,7 @@ def answer_of(turn: Turn, side: str) -> Answer:
     [found] = turns_of([turn if turn.get("content") is not None else turn | {"content": ""}], side)
     text, thoughts = found["content"] or "", thoughts_of(found)
     if any(found.get(name) for name in CALLS):
-        return Answer(replaced(text), thoughts and replaced(thoughts), f"{CALLS_TOOLS}: which is not trained")
+        return Answer(replaced(text), thoughts and replaced(thoughts), f"{CALLS_TOOLS}: only text is trained")
     wrong = next((it for it in (text, thoughts or "") if not is_unicode(it)), None)
     if wrong is not None:
         return Answer(replaced(text), thoughts and replaced(thoughts), f"{NOT_UNICODE}: {not_unicode(wrong)}")

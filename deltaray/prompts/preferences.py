@@ -19,7 +19,7 @@ from deltaray.prompts.rows import PromptRow, compact, prompt_row
 from deltaray.prompts.seen import Seen
 from deltaray.prompts.shards import prompt_table
 from deltaray.prompts.source import reading_of
-from deltaray.prompts.turns import RowError, plain_turns
+from deltaray.prompts.turns import RowError, same_beginning
 from deltaray.prompts.view import View
 from deltaray.recipe.recipe import Preferences
 from deltaray.store import Store
@@ -33,6 +33,7 @@ ABOUT_PROMPTS = ("id", "system", "tools", "answer", "source")
 COLUMNS = ("prompt", *ABOUT_PROMPTS, *SIDES, *SCORE_COLUMNS["chosen"], *SCORE_COLUMNS["rejected"])
 INSTEAD: dict[str, tuple[str, ...]] = {f"{side}_score": SCORE_COLUMNS[side] for side in SIDES}
 """A column of scores that the recipe names is the only one."""
+PROMPT_REFUSED = "prompt refused"
 RECORD = ".deltaray/preferences.json"
 READER = 2
 """Changes when the same rows are read in another way."""
@@ -67,7 +68,7 @@ def read_preferences(section: Preferences, say: Say = silent) -> Iterator[Prefer
         except RowError as error:
             raise UserError(f"{place(section.path, number)}: {error}") from None
         seen.first(row.prompt, number)
-        failed.update(str(answer.error).partition(":")[0] for answer in row.answers)
+        failed.update(_kind(row, answer) for answer in row.answers)
         if None not in row.scores:
             better += (row.scores[0] or 0) > (row.scores[1] or 0)
             worse += (row.scores[0] or 0) < (row.scores[1] or 0)
@@ -85,10 +86,15 @@ def read_preferences(section: Preferences, say: Say = silent) -> Iterator[Prefer
     _tell_failed(failed, 2 * rows, say)
 
 
+def _kind(row: Preference, answer: Answer) -> str:
+    """Under what an answer's failure is counted."""
+    return PROMPT_REFUSED if row.prompt["error"] else str(answer.error).partition(":")[0]
+
+
 def _tell_failed(failed: Counter[str], answers: int, say: Say) -> None:
     """What becomes of answers that are read and cannot be trained."""
     words = {CALLS_TOOLS: "call tools, which is not trained", NOT_UNICODE: "hold text that is not Unicode"}
-    for kind, what in words.items():
+    for kind, what in (words | {PROMPT_REFUSED: "belong to a prompt that is not Unicode"}).items():
         if failed[kind]:
             say(f"{KEY}: {failed[kind]:,} of {answers:,} answers {what}: the funnel counts their pairs ({kind!r})")
 
@@ -103,7 +109,7 @@ def preference_row(raw: dict[str, Any]) -> Preference:
         if raw.get(side) is None:
             raise RowError(f"no `{side}`; the row has {', '.join(raw) or 'nothing'}")
     (before, chosen), (other, rejected) = (split_side(raw, side) for side in SIDES)
-    if plain_turns(before) != plain_turns(other):
+    if len(before) != len(other) or not same_beginning(before, other):
         raise RowError("chosen and rejected answer different conversations; they may differ in the last turn alone")
     prompt = prompt_row({key: raw.get(key) for key in ABOUT_PROMPTS} | {"messages": before})
     scores = [next((raw[name] for name in SCORE_COLUMNS[side] if raw.get(name) is not None), None) for side in SIDES]
@@ -214,5 +220,5 @@ def _response(sample: int, row: Preference, side: int) -> dict[str, Any]:
         "token_ids": [],
         "tokens": len(answer.text.split()) + len((answer.reasoning or "").split()),
         "finish_reason": "stop",
-        "error": answer.error if refused is None else f"prompt refused: {refused}",
+        "error": answer.error if refused is None else f"{PROMPT_REFUSED}: {refused}",
     }

@@ -140,13 +140,19 @@ def agrees(prompt: Any, turns: list[Turn]) -> bool:
 
 
 def same_beginning(start: list[Turn], turns: list[Turn]) -> bool:
-    """Whether turns begin with others, as far as anything but their other fields tells."""
+    """Whether turns begin with others: the same speakers say and call the same."""
     return [_said(turn) for turn in start] == [_said(turn) for turn in turns[: len(start)]]
 
 
 def _said(turn: Turn) -> tuple[Any, ...]:
-    calls = [turn.get(name) or None for name in CALLS]
-    return turn["role"], (turn["content"] or "").strip(), *calls
+    return turn["role"], (turn["content"] or "").strip(), *(_bare(turn.get(name)) or None for name in CALLS)
+
+
+def _bare(value: Any) -> Any:
+    """A value without the nulls with which tables fill up what only some rows have."""
+    if isinstance(value, dict):
+        return {name: _bare(item) for name, item in value.items() if item is not None}
+    return [_bare(item) for item in value] if isinstance(value, list) else value
 
 
 def checked_tools(value: Any) -> Tools | None:

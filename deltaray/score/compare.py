@@ -1,4 +1,4 @@
-"""Agreement between every two scorers of a study, over the stored pairs of responses: `scores/_agreement.json`.
+"""Agreement between every two scorers of a study, over the stored pairs of responses: `agreement.json`.
 
 Every shard of prompts is a task; what it returns is a few counts, however many responses it holds.
 """
@@ -21,7 +21,7 @@ from deltaray.score.agreement import Counted, agreement_of, outcome_of
 from deltaray.score.stage import all_scores
 from deltaray.store import Store, keys_of
 
-AGREEMENT = "scores/_agreement.json"
+AGREEMENT = "agreement.json"
 LENGTHS = (128, 512, 2048)
 """Borders of the length bins: tokens of the longer response of a pair, in its teacher's own tokens."""
 
@@ -149,7 +149,7 @@ def _notes(table: pa.Table, scorer: str) -> dict[str, int]:
 
 # --- what the user sees -----------------------------------------------------------------------------------------
 def agreement_tables(found: dict[str, Any]) -> list[Table]:
-    """What is in `scores/_agreement.json`, to be printed."""
+    """What is in `agreement.json`, to be printed."""
     scored = Table(title="scored responses", title_justify="left")
     for column in ("scorer", "teacher", "responses", "scored", "without a score"):
         scored.add_column(column, justify="right" if column in ("responses", "scored") else "left")

@@ -94,7 +94,7 @@ def deltas(out: Path) -> dict[str, Any]:
 
 def agreement(out: Path) -> Any:
     """How far every two scorers agree, in all."""
-    path = out / "scores" / "_agreement.json"
+    path = out / "agreement.json"
     found = json.loads(path.read_text())["agreement"] if path.exists() else []
     return [row for row in found if row["by"] in ("all", "teachers")]
 
