@@ -3,13 +3,17 @@
 Everything expensive is computed once per *response* and keyed by (prompt_id, teacher, sample): its text
 (`RESPONSES`), its score (`SCORES`), its reference log-probability (`REFERENCES`). A pairing (`PAIRS`) is then only
 a join of two responses to one prompt. Tables are Parquet; a teacher, scorer, student or pairing is a folder
-(`teacher=<name>`), so those names are not repeated in the rows unless a reader of single files needs them.
+(`teacher=<name>`), and those names are not repeated in the rows: readers of the level above make columns of them. All
+types are such that pandas, pyarrow, `datasets` and Ray Data read them (`datasets` knows no maps).
 """
 
 import pyarrow as pa
 
 MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 """A conversation: turns in order, roles `system`, `user`, `assistant`, `tool`."""
+
+NUMBERS = pa.list_(pa.struct([("key", pa.string()), ("value", pa.float64())]))
+"""Numbers by name, each name once (`store.numbers_of`, `store.number_of`)."""
 
 CONVERSATION = pa.field("conversation", pa.string())
 """Null for ordinary prompts. Where turns call tools or report back, or the prompt brings tools: JSON of
@@ -42,7 +46,6 @@ RESPONSES = pa.schema(
     [
         pa.field("prompt_id", pa.string(), nullable=False),
         pa.field("sample", pa.int32(), nullable=False),  # 0 … samples-1
-        pa.field("teacher", pa.string(), nullable=False),
         pa.field("text", pa.string(), nullable=False),  # the answer, without special tokens and reasoning
         pa.field("reasoning", pa.string()),  # what a thinking model thought before it, where told apart
         pa.field("prompt_token_ids", pa.list_(pa.int32()), nullable=False),  # as the engine received them
@@ -59,7 +62,7 @@ SCORES = pa.schema(
         pa.field("sample", pa.int32(), nullable=False),
         pa.field("score", pa.float64()),  # on the scorer's own scale; null = could not be scored
         pa.field("note", pa.string()),  # `kind: words`: why it could not, or what the score rests on
-        pa.field("parts", pa.map_(pa.string(), pa.float64())),  # what the score is made from, by name
+        pa.field("parts", NUMBERS),  # what the score is made from, by name
     ]
 )
 
@@ -141,7 +144,7 @@ SAMPLES = pa.schema(
         pa.field("answers", pa.list_(pa.string()), nullable=False),  # what was written
         pa.field("filtered", pa.string()),  # JSON of what the headline metric's filter made of it
         pa.field("target", pa.string(), nullable=False),
-        pa.field("metrics", pa.map_(pa.string(), pa.float64()), nullable=False),  # by `metric,filter`
+        pa.field("metrics", NUMBERS, nullable=False),  # by `metric,filter`
         pa.field("value", pa.float64(), nullable=False),  # the headline metric's
     ]
 )

@@ -25,6 +25,7 @@ from deltaray.runtime.preflight import (
 from deltaray.runtime.runner import Runner
 from deltaray.runtime.session import Capacity, declared_capacity, joins_cluster, stop_ray
 from deltaray.runtime.terminal import Terminal
+from deltaray.runtime.upgrade import move_records
 from deltaray.stages import Stages
 from deltaray.store import Store
 
@@ -57,8 +58,10 @@ class Pipeline:
         capacity = capacity or self._declared()
         prompts = None
         if not self._family_missing():
+            notes: list[str] = []
             with self.terminal.checking():
-                prompts = check_local_inputs(self.study, self.store)
+                prompts = check_local_inputs(self.study, self.store, notes.append)
+            self._tell(notes)
             self._claim()
         return make_plan(self.study, self.store, prompts, capacity), capacity
 
@@ -69,9 +72,16 @@ class Pipeline:
         return capacity
 
     def _check(self) -> None:
+        notes: list[str] = []
         with self.terminal.checking():
-            check_inputs(self.study, self.store)
+            check_inputs(self.study, self.store, notes.append)
+        self._tell(notes)
         self._claim()
+
+    def _tell(self, notes: list[str]) -> None:
+        """What the checks found that the user should know, each thing once."""
+        for note in dict.fromkeys(notes):
+            self.terminal.say(note)
 
     def _claim(self) -> None:
         """Refuses an `out` whose artifacts come from other definitions, but for responses that may step aside."""
@@ -122,6 +132,7 @@ class Pipeline:
             self.runner.ray()
         alone.enter_context(self.store.lock())
         self.store.sweep()
+        move_records(self.store)
         self._write_recipe()
 
     def _run_stages(self, stages: list[str], log: Path) -> None:

@@ -155,7 +155,7 @@ def _benchmark_items(study: Study, store: Store, capacity: Capacity) -> list[Ite
         model = study.teachers.get(name) or student
         assert model is not None
         if isinstance(model, Student) or model.endpoint is None:
-            done = sum(store.exists(f"{Store.samples(name, task)}.json") for task in tasks)
+            done = sum(store.exists(Store.sample_results(name, task)) for task in tasks)
             where = f"{', '.join(tasks)}; {_place(model, capacity)}"
             items.append(Item("evaluate", name, "benchmarks", len(tasks), done, where))
     return items

@@ -129,7 +129,7 @@ class Stages:
 
     def _show_pairs(self, progress: StageProgress, name: str, pairs: int) -> None:
         progress.update(name, 1, 1, note=f"{pairs:,} pairs")
-        self.runner.metrics.funnel(name, self.store.read_json(f"{Store.pairs(name)}/funnel.json"))
+        self.runner.metrics.funnel(name, self.store.read_json(Store.funnel(name)))
 
     def _demand_responses(self) -> None:
         for name in self.study.answering():
@@ -138,6 +138,7 @@ class Stages:
 
     # --- students -------------------------------------------------------------------------------------------------
     def train(self) -> None:
+        from deltaray.pair.stage import is_paired
         from deltaray.train.outdated import outdated
         from deltaray.train.stage import train
 
@@ -147,10 +148,14 @@ class Stages:
         runs = [run for run in self.study.runs.values() if not self.store.trained(run.name)]
         if not runs:
             return self.runner.nothing("train", f"{len(self.study.runs)} students are trained")
-        for run in runs:
-            for pairing in run.pairings:
-                if not self.store.committed(Store.pairs(pairing)):
-                    raise UserError(f"{self.store.out}: pairing {pairing} has no pairs yet; run `deltaray pair` first")
+        for pairing in dict.fromkeys(pairing for run in runs for pairing in run.pairings):
+            if not self.store.committed(Store.pairs(pairing)):
+                raise UserError(f"{self.store.out}: pairing {pairing} has no pairs yet; run `deltaray pair` first")
+            if not is_paired(self.study, self.store, pairing):
+                raise UserError(
+                    f"{self.store.out}: pairing {pairing}: its responses or scores are others than those that its "
+                    "pairs were made from; run `deltaray pair` first"
+                )
         self._reference(runs)
         with self.runner.stage("train", "students", len(runs), shown="steps") as progress:
             train(

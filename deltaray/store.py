@@ -4,6 +4,7 @@ A file appears under its final name only when it is complete. Names are determin
 overwrites itself instead of adding a second copy.
 """
 
+import hashlib
 import json
 from collections.abc import Iterable
 from typing import Any
@@ -13,6 +14,11 @@ import pyarrow.compute as pc
 
 from deltaray.errors import UserError
 from deltaray.storage.files import COMPLETE, Files
+from deltaray.storage.filesystem import together
+
+PAIRS_PREFIX = "train-"
+"""Of the files of pairs: `datasets` takes files with the name of a split alone, and leaves `_funnel.json` and
+`_delta.json` beside them out, as all others do whatever the files are called."""
 
 
 class Store(Files):
@@ -108,13 +114,34 @@ class Store(Files):
 
     @staticmethod
     def samples(model: str, task: str) -> str:
-        """The sample log of a harness task, without its suffix; the same with `.json` has the results."""
+        """The sample log of a harness task, without its suffix."""
         return f"evaluation/samples/{model}/{task}"
+
+    @staticmethod
+    def sample_results(model: str, task: str) -> str:
+        """Its results; no folder of Parquet files holds others, but that of pairs."""
+        return f"evaluation/results/{model}/{task}.json"
+
+    @staticmethod
+    def pair_shard(pairing: str, shard: str) -> str:
+        """The pairs of a shard of prompts."""
+        return f"{Store.pairs(pairing)}/{PAIRS_PREFIX}{shard}.parquet"
+
+    @staticmethod
+    def funnel(pairing: str) -> str:
+        """Where the pairs went."""
+        return f"{Store.pairs(pairing)}/_funnel.json"
 
     @staticmethod
     def harness(model: str, task: str, identity: str) -> str:
         """What a harness task asks and is answered, until its results are there."""
         return f".deltaray/harness/model={model}/task={task}/{identity}"
+
+    def digest(self, folders: Iterable[str], *others: object) -> str:
+        """Tells apart what something is made from: the files of some folders by name and content, and other values."""
+        paths = [path for folder in folders for path in self.committed(folder)]
+        files = [f"{path} {content}" for path, content in zip(paths, together(self.content, paths), strict=True)]
+        return hashlib.sha256("\n".join([*files, *map(str, others)]).encode()).hexdigest()[:16]
 
     def made_from(self, pairing: str) -> str | None:
         """The digest of what a pairing's pairs were made from; None before they are complete."""
@@ -166,3 +193,17 @@ def _definition(name: str) -> str:
 def keys_of(table: pa.Table) -> pa.ChunkedArray:
     """The key of each row, `<prompt_id>#<sample>`, for joins and for finding what is missing."""
     return pc.binary_join_element_wise(table["prompt_id"], pc.cast(table["sample"], pa.string()), "#")
+
+
+def numbers_of(numbers: list[dict[str, Any]] | None) -> dict[str, float]:
+    """A value of `contracts.NUMBERS` by its names."""
+    return {item["key"]: item["value"] for item in numbers or []}
+
+
+def number_of(column: pa.ChunkedArray, name: str) -> pa.ChunkedArray:
+    """One number of each value of a column of `contracts.NUMBERS`; null where it is not there."""
+    values = column.combine_chunks()
+    items, rows = pc.list_flatten(values), pc.list_parent_indices(values)
+    mine = pc.equal(pc.struct_field(items, "key"), name)
+    places = pc.index_in(pa.array(range(len(values)), rows.type), value_set=rows.filter(mine))
+    return pa.chunked_array([pc.struct_field(items, "value").filter(mine).take(places)])

@@ -1,7 +1,7 @@
 """Every response in a student's tokens, once: for all pairings that use it and for the reference pass.
 
-A file of tokens has the rows of its file of responses, in the same order. Its name holds the size and time of that
-file and the rule by which text becomes ids: what changed is tokenised again.
+A file of tokens has the rows of its file of responses, in the same order. Its name holds a digest of that file's
+content and of the rule by which text becomes ids: what changed is tokenised again.
 """
 
 import hashlib
@@ -19,6 +19,7 @@ from deltaray.recipe.models import Model, Student, Teacher
 from deltaray.recipe.study import Study
 from deltaray.response_tokens import Written, response_ids
 from deltaray.runtime.stream import map_units
+from deltaray.storage.filesystem import together
 from deltaray.store import Store
 from deltaray.tokenizer import load_tokenizer
 
@@ -35,8 +36,9 @@ def token_files(store: Store, student: str, teacher: str) -> dict[str, str]:
     """File of responses -> its file of tokens, whether that is there or not."""
     folder = Store.tokens(student, teacher)
     found = {}
-    for path, info in store.listing(Store.responses(teacher)).items():
-        digest = hashlib.sha256(f"{RULE} {info.size} {info.mtime_ns}".encode()).hexdigest()[:8]
+    paths = store.committed(Store.responses(teacher))
+    for path, content in zip(paths, together(store.content, paths), strict=True):
+        digest = hashlib.sha256(f"{RULE} {content}".encode()).hexdigest()[:8]
         found[path] = f"{folder}/{shard_name(path)}-{digest}.parquet"
     return found
 

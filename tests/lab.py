@@ -125,7 +125,7 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
     for path in visible(folder):
         table = pq.read_table(path)
         assert table.schema.equals(RESPONSES), path
-        rows += table.to_pylist()
+        rows += [row | {"teacher": folder.name.removeprefix("teacher=")} for row in table.to_pylist()]
     return rows
 
 

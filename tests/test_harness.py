@@ -21,7 +21,7 @@ from deltaray.recipe import Recipe, Study, expand
 from deltaray.recipe.evaluation import HarnessTask
 from deltaray.recipe.models import Teacher
 from deltaray.runtime.session import Capacity
-from deltaray.store import Store
+from deltaray.store import Store, numbers_of
 
 FAMILY = ROOT / "runs" / "miniature-family"
 PROBLEMS, SHOTS, LONGEST = 40, 8, 12
@@ -112,8 +112,8 @@ def test_written_answers_are_those_of_transformers(
         assert ours == theirs or (len(ours) == LONGEST and theirs and ours.startswith(theirs))
         assert row["prompt"] == whole[number]["arguments"][0][0]
         assert json.loads(row["filtered"]) == digits[number]["filtered_resps"]
-        assert row["value"] == digits[number]["exact_match"] == dict(row["metrics"])["exact_match,digits"]
-        assert dict(row["metrics"])["exact_match,whole"] == whole[number]["exact_match"]
+        assert row["value"] == digits[number]["exact_match"] == numbers_of(row["metrics"])["exact_match,digits"]
+        assert numbers_of(row["metrics"])["exact_match,whole"] == whole[number]["exact_match"]
         assert row["target"] == whole[number]["target"] and row["prompt"].count("<|user|>") == 1 + shots
     found, own = result_of(store, name, task), wanted["results"]["add_written"]
     assert found["metric"] == "exact_match,digits" and found["n"] == documents
@@ -134,7 +134,7 @@ def test_choices_and_their_log_probs_are_those_of_transformers(
         other = wanted["samples"][row["task"]][row["doc_id"]]
         assert row["continuations"] == [arguments[1] for arguments in other["arguments"]]
         assert row["logprobs"] == pytest.approx([reply[0][0] for reply in other["resps"]], abs=2e-4)
-        assert (dict(row["metrics"])["acc,none"], row["value"]) == (other["acc"], other["acc_norm"])
+        assert (numbers_of(row["metrics"])["acc,none"], row["value"]) == (other["acc"], other["acc_norm"])
     found = result_of(store, name, "chosen")
     own = wanted["groups"]["add_chosen"]["acc_norm,none"]
     assert found["metric"] == "acc_norm" and found["value"] == pytest.approx(own)
@@ -143,7 +143,7 @@ def test_choices_and_their_log_probs_are_those_of_transformers(
 
 
 def result_of(store: Store, model: str, task: str) -> dict[str, Any]:
-    return dict(store.read_json(f"{Store.samples(model, task)}.json"))
+    return dict(store.read_json(Store.sample_results(model, task)))
 
 
 def test_values_and_errors_can_be_recomputed_from_the_log(ran: Ran) -> None:
@@ -177,7 +177,7 @@ def test_what_is_done_is_done_and_another_model_is_not_it(ran: Ran) -> None:
     assert not store.listing(".deltaray/harness", suffix="") and not store.listing(".deltaray/units")
     swapped = missing_benchmarks(study, store, {"student": models["delta"]})
     assert [unit["task"] for unit in swapped] == list(TASKS)
-    store.delete([f"{Store.samples('delta', 'chosen')}.json"])
+    store.delete([Store.sample_results("delta", "chosen")])
     assert [(unit["model"], unit["task"]) for unit in missing_benchmarks(study, store, models)] == [("delta", "chosen")]
 
 

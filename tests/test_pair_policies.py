@@ -100,7 +100,7 @@ def usable(n: int) -> list[tuple[int, str, int]]:
 def test_funnels_chain_from_prompts_to_pairs_also_with_samples(planted: tuple[Store, Study]) -> None:
     store, study = planted
     for name in study.pairings:
-        funnel = store.read_json(f"{Store.pairs(name)}/funnel.json")
+        funnel = store.read_json(f"{Store.pairs(name)}/_funnel.json")
         rows = store.count_rows(Store.pairs(name))
         assert funnel[0]["in"] == PROMPTS and funnel[-1]["out"] == rows > 0
         assert all(one["out"] == other["in"] for one, other in pairwise(funnel))
@@ -190,7 +190,7 @@ def test_every_pairing_is_described_by_its_own_rows(planted: tuple[Store, Study]
     store, study = planted
     for name in study.pairings:
         rows = store.read_tables(Store.pairs(name), PAIRS).to_pylist()
-        found = store.read_json(f"{Store.pairs(name)}/delta.json")
+        found = store.read_json(f"{Store.pairs(name)}/_delta.json")
         deltas = [row["delta"] for row in rows]
         assert (found["pairs"], found["scored"]) == (len(rows), len(deltas))
         assert found["delta"]["mean"]["value"] == pytest.approx(sum(deltas) / len(deltas))
@@ -207,7 +207,7 @@ def test_every_pairing_is_described_by_its_own_rows(planted: tuple[Store, Study]
 def test_statistics_of_both_sides_are_compared(planted: tuple[Store, Study]) -> None:
     """Recounted from the texts, a prompt at a time."""
     store, _ = planted
-    found = store.read_json(f"{Store.pairs('samples')}/delta.json")
+    found = store.read_json(f"{Store.pairs('samples')}/_delta.json")
     [row] = [row for row in found["differences"] if row["what"] == "words/characters"]
     gaps: dict[str, list[int]] = {}
     for it in store.read_tables(Store.pairs("samples"), PAIRS).to_pylist():

@@ -99,7 +99,7 @@ def stores(ray_session: Any, student: str, tmp_path_factory: pytest.TempPathFact
 def test_shards_do_not_change_the_pairs(stores: list[Store], pairing: str) -> None:
     small, large = (pairs_of(store, pairing) for store in stores)
     assert small == large and small
-    funnels = [store.read_json(f"{Store.pairs(pairing)}/funnel.json") for store in stores]
+    funnels = [store.read_json(f"{Store.pairs(pairing)}/_funnel.json") for store in stores]
     assert funnels[0] == funnels[1] and funnels[0][-1]["out"] == len(small)
 
 

@@ -133,7 +133,7 @@ def test_preferences_are_scored_paired_and_ready_to_train(ray_session: Any, tmp_
     store_preferences(store, section, shard_size=8, unit_size=4)
     assert score(study, store) == 48 and not missing_scores(study, store)
     assert pair(study, store) == {"all": 24, "clear": 12}
-    funnel = store.read_json(f"{Store.pairs('all')}/funnel.json")
+    funnel = store.read_json(f"{Store.pairs('all')}/_funnel.json")
     assert funnel[0]["in"] == 20 and funnel[-1]["out"] == 24
     assert all(one["out"] == other["in"] for one, other in pairwise(funnel))
     assert {row["delta"] for row in store.read_tables(Store.pairs("clear"), PAIRS).to_pylist()} == {3.0, 4.0}
@@ -181,3 +181,100 @@ def test_a_recipe_has_prompts_or_preferences(tmp_path: Path) -> None:
         given.replace("kind: given", "kind: numeric, tolerence: 1")
     )
     assert "scorers.s: `kind` is missing" in refusal(given.replace("kind: given", "tolerance: 1"))
+
+
+# --- what a turn may hold -----------------------------------------------------------------------------------------
+CALL = [{"type": "function", "function": {"name": "look", "arguments": "{}"}}]
+
+
+def side(content: Any, **fields: Any) -> list[dict[str, Any]]:
+    return [{"role": "assistant", "content": content, **fields}]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "text", "reasoning", "kind"),
+    [
+        (side("4", reasoning_content="two and two"), "4", "two and two", None),
+        (side("4", thinking="hm", reasoning=None, tool_calls=None), "4", "hm", None),
+        (side([{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": "4"}]), "4", "hm", None),
+        ("<think>hm</think>4", "<think>hm</think>4", None, None),
+        (side("Let me see.", tool_calls=CALL), "Let me see.", None, "answer calls tools"),
+        (side(None, tool_calls=CALL, reasoning="hm"), "", "hm", "answer calls tools"),
+        (side(None), "", None, "empty answer"),
+        (side("", reasoning="hm"), "", "hm", "empty answer"),
+        ("caf\udce9", "caf\ufffd", None, "answer not Unicode"),
+        ({"role": "assistant", "content": "4"}, "4", None, None),
+    ],
+)
+def test_thoughts_and_calls_of_an_answer_are_kept_or_counted(
+    chosen: Any, text: str, reasoning: str | None, kind: str | None
+) -> None:
+    found = preference_row({"prompt": [USER], "chosen": chosen, "rejected": "5"}).answers[0]
+    assert (found.text, found.reasoning) == (text, reasoning)
+    assert (found.error or "").partition(":")[0] == (kind or "")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"chosen": side([{"type": "image_url", "image_url": {"url": "x"}}])}, "a part of type 'image_url'; only text"),
+        ({"prompt": [{"role": "user", "content": [{"type": "image"}]}]}, "a part of type 'image'; only text"),
+        ({"chosen": side("4", reasoning="one", thinking="other")}, "two different thoughts"),
+        ({"chosen": [USER, *side("so"), *side("4")]}, "`chosen` ends in two turns of the assistant"),
+        ({"chosen": [USER, *side("4"), USER]}, "the last is the assistant's, not the user's"),
+        ({"prompt": [USER], "chosen": [{"role": "user", "content": "?"}, *side("4")]}, "say different things"),
+        ({"prompt": "?", "chosen": [USER, *side("4")]}, "`prompt` and the turns of `chosen` say different things"),
+        ({"prompt": " "}, "`prompt` is empty"),
+        ({"prompt": {"text": "?"}}, "`prompt` must be text, or turns"),
+        ({"chosen": {"from": "gpt", "value": "4"}}, "must be text, or turns {role, content}"),
+    ],
+)
+def test_conversations_that_cannot_be_meant_so_are_refused(row: dict[str, Any], message: str) -> None:
+    with pytest.raises(RowError) as error:
+        preference_row({"prompt": "2+2=", "chosen": "4", "rejected": "5"} | row)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "turns", "expected"),
+    [
+        ("2+2=", [{"role": "system", "content": "s"}], ["system", "user"]),
+        ([{"role": "system", "content": "s"}, USER], [USER], ["system", "user"]),
+        ([USER], [{"role": "system", "content": "s"}, USER], ["system", "user"]),
+        ([{"role": "system", "content": "s"}], [USER], ["system", "user"]),
+        ("2+2=", [{"role": "assistant", "content": "Welcome"}, USER], ["assistant", "user"]),
+    ],
+)
+def test_a_prompt_and_turns_that_begin_elsewhere_are_joined(prompt: Any, turns: Any, expected: list[str]) -> None:
+    found = preference_row({"prompt": prompt, "chosen": [*turns, BETTER], "rejected": [*turns, WORSE]})
+    assert [turn["role"] for turn in found.prompt["messages"]] == expected
+
+
+def test_calls_before_the_answer_must_be_the_same() -> None:
+    before = [USER, {"role": "assistant", "content": None, "tool_calls": CALL}, {"role": "tool", "content": "1"}]
+    other = [USER, before[1] | {"tool_calls": [{"function": {"name": "guess"}}]}, before[2]]
+    assert preference_row({"chosen": [*before, BETTER], "rejected": [*before, WORSE]}).prompt["conversation"]
+    with pytest.raises(RowError, match="different conversations"):
+        preference_row({"chosen": [*before, BETTER], "rejected": [*other, WORSE]})
+
+
+def test_answers_that_cannot_be_trained_are_stored_as_failed_and_told_of(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "a", "chosen": side("x", tool_calls=CALL), "rejected": "y"},
+        {"prompt": "b", "chosen": side("x", reasoning="hm"), "rejected": "y"},
+    ]
+    section, store, told = write(tmp_path / "data.jsonl", rows), Store(str(tmp_path / "out")), []
+    assert check_preferences(store, section, told.append) == 2
+    assert told == [
+        "preferences.path: 1 of 4 answers call tools, which is not trained: the funnel counts their pairs "
+        "('answer calls tools')"
+    ]
+    store_preferences(store, section, shard_size=4, unit_size=2)
+    found = store.read_tables(Store.responses("chosen"), RESPONSES).to_pylist()
+    assert [(row["error"] or "").partition(":")[0] for row in found] == ["answer calls tools", ""]
+    assert [row["reasoning"] for row in found] == [None, "hm"]
+    record = json.loads((tmp_path / "out" / ".deltaray" / "preferences.json").read_text())
+    del record["reading"]["reader"]  # as an earlier version wrote it
+    store.write_json(".deltaray/preferences.json", record)
+    with pytest.raises(UserError, match=r"made by an earlier version .* use another `out`"):
+        check_preferences(store, section)

@@ -229,7 +229,7 @@ def test_one_missing_part_leaves_the_others(tmp_path: Path, absent: str) -> None
 def test_damaged_files_become_notes(tmp_path: Path) -> None:
     out = report_study.build_study(tmp_path / "study", pairs=5)
     (out / "pairs/pairing=delta/part-00009.parquet").write_bytes(b"PAR1 cut off")
-    (out / "pairs/pairing=wrong/funnel.json").write_text('[{"stage": "a"')
+    (out / "pairs/pairing=wrong/_funnel.json").write_text('[{"stage": "a"')
     (out / "evaluation/summary.json").write_text("{}")
     with (out / "training/delta/metrics.jsonl").open("a") as file:
         file.write('{"step": 151, "loss": NaN}\n{"step": 152, "lo')
@@ -238,7 +238,7 @@ def test_damaged_files_become_notes(tmp_path: Path) -> None:
     assert next(p for p in study.pairings if p.name == "delta").rows == 5
     assert next(run for run in study.runs if run.name == "delta").column("loss")[-1] is None
     words = Page(build_report(out).read_text(encoding="utf-8")).words()
-    assert "pairing=wrong/funnel.json could not be read" in words and "73.1 %" in words
+    assert "pairing=wrong/_funnel.json could not be read" in words and "73.1 %" in words
 
 
 def test_signs_of_failure_and_held_out_pairs_are_shown(tmp_path: Path) -> None:
@@ -255,7 +255,7 @@ def test_signs_of_failure_and_held_out_pairs_are_shown(tmp_path: Path) -> None:
 
 
 def test_deltas_are_shown_as_they_were_told(out: Path, page: Page) -> None:
-    told = json.loads((out / "pairs/pairing=reversed/delta.json").read_text())
+    told = json.loads((out / "pairs/pairing=reversed/_delta.json").read_text())
     words, mean = page.words(), told["delta"]["mean"]
     numbers = [significant(mean[key]) for key in ("value", "low", "high")]
     assert "{} ({} to {})".format(*numbers) in words
@@ -269,10 +269,10 @@ def test_deltas_are_shown_as_they_were_told(out: Path, page: Page) -> None:
 
 def test_a_pairing_that_is_not_described_says_how_to(tmp_path: Path) -> None:
     out = report_study.build_study(tmp_path / "study", pairs=5)
-    (out / "pairs/pairing=delta/delta.json").write_text('{"delta": {"mean": 3}}')
+    (out / "pairs/pairing=delta/_delta.json").write_text('{"delta": {"mean": 3}}')
     study = read_study(out, 10)
-    assert [note for note in study.notes if "pairing=delta/delta.json could not be read" in note] == list(study.notes)
-    for path in out.glob("pairs/*/delta.json"):
+    assert [note for note in study.notes if "pairing=delta/_delta.json could not be read" in note] == list(study.notes)
+    for path in out.glob("pairs/*/_delta.json"):
         path.unlink()
     words = Page(build_report(out).read_text(encoding="utf-8")).words()
     assert "No pairing has been described yet. To produce it: deltaray pair RECIPE" in words

@@ -18,7 +18,7 @@ from deltaray.score.compare import AGREEMENT, agreement_tables, compare_scores, 
 from deltaray.score.judging import _judged_slices, forget_failed
 from deltaray.score.rewards import RewardWorker
 from deltaray.score.stage import all_scores, missing_scores, response_scoring, score
-from deltaray.store import Store
+from deltaray.store import Store, numbers_of
 
 PROMPTS, SHARD = 24, 10
 NONSENSE = 7
@@ -119,7 +119,7 @@ def test_a_judges_nonsense_is_counted_and_not_guessed(scored: Any) -> None:
         if n % NONSENSE == 3:
             assert row["score"] is None and row["note"] == "unparsable: truth, style"
         else:
-            assert row["score"] == (5 if n % 3 == 0 else 2) and dict(row["parts"]).keys() == {"truth", "style"}
+            assert row["score"] == (5 if n % 3 == 0 else 2) and numbers_of(row["parts"]).keys() == {"truth", "style"}
     [told] = [row for row in read_agreement(store)["scorers"] if (row["scorer"], row["teacher"]) == ("judge", "weaker")]
     assert (told["responses"], told["scored"], told["unscored"]) == (PROMPTS, PROMPTS - 3, {"unparsable": 3})
 

@@ -128,14 +128,14 @@ def test_deleting_and_moving(store: Store) -> None:
 def test_listings_know_sizes_and_times(store: Store) -> None:
     store.write_bytes("pairs/pairing=a=b/1.parquet", b"four")
     store.write_bytes("pairs/pairing=a=b/2.parquet", b"")
-    store.write_json("pairs/pairing=a=b/funnel.json", [])
+    store.write_json("pairs/pairing=a=b/_funnel.json", [])
     found = store.listing("pairs")
     assert {path: info.size for path, info in found.items()} == {
         "pairs/pairing=a=b/1.parquet": 4,
         "pairs/pairing=a=b/2.parquet": 0,
     }
     assert all(info.mtime_ns for info in found.values()) or store.out.startswith("mock:")
-    assert list(store.listing("pairs", "/funnel.json")) == ["pairs/pairing=a=b/funnel.json"]
+    assert list(store.listing("pairs", "/_funnel.json")) == ["pairs/pairing=a=b/_funnel.json"]
     assert store.listing("nothing") == {} and store.folders("pairs") == ["pairing=a=b"]
 
 

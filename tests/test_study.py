@@ -89,7 +89,7 @@ def test_ids_sent_to_vllm_are_the_chat_templates_with_one_bos(study: StudyRun, p
 @pytest.mark.parametrize("pairing", ["delta", "reversed", "wrong"])
 def test_pairs_and_funnel_keep_the_contract(study: StudyRun, prompts: dict[str, str], pairing: str) -> None:
     folder = study.out / f"pairs/pairing={pairing}"
-    pairs, funnel = rows(folder), json.loads((folder / "funnel.json").read_text())
+    pairs, funnel = rows(folder), json.loads((folder / "_funnel.json").read_text())
     assert funnel[0]["in"] == len(prompts) and funnel[-1]["out"] == len(pairs) > 1000
     assert all(one["out"] == other["in"] for one, other in pairwise(funnel))
     assert all(stage["in"] - stage["out"] == stage["removed"] for stage in funnel)

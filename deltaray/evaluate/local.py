@@ -13,7 +13,7 @@ from deltaray.recipe.scorers import Judge, Scorer, scorer_name, scorer_part
 from deltaray.recipe.study import Study
 from deltaray.score.files import Scoring, Unit, missing_units
 from deltaray.score.registry import section_of
-from deltaray.store import Store
+from deltaray.store import Store, numbers_of
 
 DEFAULT_METRIC = "exact_match"
 ROWS = ["prompt_id", "sample"]
@@ -81,7 +81,7 @@ def _scores(store: Store, model: str, name: str, task: Task) -> dict[str, list[f
     columns = [*ROWS, "parts" if part else "score"]
     found: dict[str, list[float]] = defaultdict(list)
     for row in store.read_tables(Store.evaluation_scores(model, name), SCORES, columns).to_pylist():
-        value = dict(row["parts"]).get(part) if part else row["score"]
+        value = numbers_of(row["parts"]).get(part) if part else row["score"]
         if value is not None:
             found[row["prompt_id"]].append(value)
     least = max(task.k, default=1)

@@ -108,8 +108,9 @@ def task_summary(
 ) -> dict[str, Any]:
     """The results beside the log: value and error of every metric, what became of the answers, the harness's own."""
     value, stderr = mean_and_stderr(np.array([row["value"] for row in rows]))
-    names = [name for name, _ in rows[0]["metrics"] if all(name in dict(row["metrics"]) for row in rows)]
-    every = {name: mean_and_stderr(np.array([dict(row["metrics"])[name] for row in rows])) for name in names}
+    metrics = [dict(row["metrics"]) for row in rows]
+    names = [name for name in metrics[0] if all(name in of_one for of_one in metrics)]
+    every = {name: mean_and_stderr(np.array([of_one[name] for of_one in metrics])) for name in names}
     return {
         "metric": metric.removesuffix(",none"),
         "value": value,
@@ -141,18 +142,18 @@ def store_samples(store: Store, model: str, task: str, rows: list[Row], summary:
     """Commits the log, then the results, by which it is complete."""
     place = Store.samples(model, task)
     store.write_table(f"{place}.parquet", pa.Table.from_pylist(rows, schema=SAMPLES), SAMPLES)
-    store.write_json(f"{place}.json", summary)
+    store.write_json(Store.sample_results(model, task), summary)
 
 
 def is_done(store: Store, model: str, task: str, identity: str) -> bool:
     """Whether a task's results are there, and those of this very model and task."""
-    place = f"{Store.samples(model, task)}.json"
+    place = Store.sample_results(model, task)
     return store.exists(place) and store.read_json(place)["identity"] == identity
 
 
 def harness_result(store: Store, model: str, task: str) -> dict[str, Any]:
     """A harness task's entry in `evaluation/<name>.json`."""
-    found = store.read_json(f"{Store.samples(model, task)}.json")
+    found = store.read_json(Store.sample_results(model, task))
     return {key: found[key] for key in ("metric", "value", "stderr", "n", "answers")}
 
 

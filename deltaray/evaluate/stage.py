@@ -30,6 +30,8 @@ from deltaray.score.stage import refuse_unscored, score_units
 from deltaray.search.retrievers import search_identity, searching
 from deltaray.store import Store
 
+CONCLUDED = ".deltaray/evaluated.json"
+
 
 def store_task_prompts(study: Study, store: Store) -> None:
     """Brings the tasks' prompts into the store."""
@@ -179,6 +181,8 @@ def is_concluded(study: Study, store: Store) -> bool:
     summary = store.read_json("evaluation/summary.json")
     covered = {model.base for model in study.evaluated.values()} <= summary["names"].keys()
     evaluation = study.recipe.evaluation
+    if not store.exists(CONCLUDED) or store.read_json(CONCLUDED)["inputs"] != _inputs(store):
+        return False
     return covered and summary["claims"] == evaluation.claims and summary["tasks"] == evaluation.names
 
 
@@ -198,3 +202,10 @@ def conclude(study: Study, store: Store) -> None:
     if study.merges:
         summary["aggregation"] = aggregation(study, store, evaluations(study, store))
     store.write_json("evaluation/summary.json", summary)
+    store.write_json(CONCLUDED, {"inputs": _inputs(store)})
+
+
+def _inputs(store: Store) -> str:
+    """Tells apart what a summary is made from: all answers and their scores."""
+    files = [path for kind in ("responses", "scores", "samples") for path in store.listing(f"evaluation/{kind}")]
+    return store.digest(dict.fromkeys(path.rpartition("/")[0] for path in files))

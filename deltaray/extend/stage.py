@@ -31,7 +31,7 @@ from deltaray.store import Store
 from deltaray.tokenizer import load_tokenizer
 
 RECORD = ".deltaray/extensions/record.json"
-COUNTS = f"{Store.prompts}/extensions.json"
+COUNTS = "extensions.json"
 AT_ONCE = 4096
 
 
@@ -39,11 +39,12 @@ def is_extended(study: Study, store: Store) -> bool:
     """Whether `prompts` holds all that the teachers are to answer."""
     if study.extensions is None:
         return True
-    return store.exists(RECORD) and store.read_json(RECORD) == _record(store)
+    return store.exists(RECORD) and store.read_json(RECORD) == _record(study, store)
 
 
-def _record(store: Store) -> dict[str, int]:
-    return {"origins": store.count_rows(Store.origins), "prompts": store.count_rows(Store.prompts)}
+def _record(study: Study, store: Store) -> dict[str, str]:
+    written = [Store.extended(kind) for kind in _section(study).kinds]
+    return {"inputs": store.digest([Store.origins, Store.prompts, *written])}
 
 
 def draw_origins(study: Study, store: Store) -> None:
@@ -160,7 +161,7 @@ def store_extended(study: Study, store: Store) -> dict[str, Counts]:
     rows = _once(_final_rows(study, store, counts), counts)
     store_prompts(store, rows, study.recipe.shard_size, unit_size=study.recipe.unit_size)
     store.write_json(COUNTS, {kind: vars(count) for kind, count in counts.items()})
-    store.write_json(RECORD, _record(store))
+    store.write_json(RECORD, _record(study, store))
     return counts
 
 

@@ -68,7 +68,6 @@ def responses_table(unit: Unit) -> pa.Table:
     columns = {
         "prompt_id": [unit["prompt_ids"][place] for place, _, _ in answered],
         "sample": [sample for _, sample, _ in answered],
-        "teacher": [unit["name"]] * len(answered),
         "text": [output["text"] for output in outputs],
         "reasoning": [output["reasoning"] for output in outputs],
         "prompt_token_ids": [unit["token_ids"][place] for place, _, _ in answered],

@@ -16,13 +16,13 @@ from typing import Any, ParamSpec, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from deltaray.contracts import RESPONSES
 from deltaray.generate.identity import identity_digest
 from deltaray.prompts.shards import shard_name
 from deltaray.runtime.tally import Tally
 from deltaray.storage.filesystem import together
+from deltaray.storage.parquet import parquet_writer
 from deltaray.store import Store, keys_of
 
 UNITS = ".deltaray/units"
@@ -116,7 +116,7 @@ def _publish_new(
 ) -> int:
     seen = keys_of(keys_in(store, published))
     sink, rows = pa.BufferOutputStream(), 0
-    with pq.ParquetWriter(sink, schema, compression="zstd") as writer:
+    with parquet_writer(sink, schema) as writer:
         for table in _groups(store, staged, seen, schema):
             writer.write_table(table)
             rows += len(table)

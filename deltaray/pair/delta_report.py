@@ -102,7 +102,7 @@ def first_of(extreme: str, places: list[Place]) -> list[Place]:
 
 # --- the numbers --------------------------------------------------------------------------------------------------
 def numbers_of(found: Collected) -> dict[str, Any]:
-    """All numbers of `delta.json`; null where nothing is known."""
+    """All numbers of `_delta.json`; null where nothing is known."""
     columns = dict(zip(FEATURES, found.sums.T, strict=True))
     scored = columns["scored"]
 

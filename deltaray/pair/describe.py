@@ -1,9 +1,8 @@
-"""Describes pairings: `pairs/pairing=<name>/delta.json`, from the short columns of the pairs and the stored scores.
+"""Describes pairings: `pairs/pairing=<name>/_delta.json`, from the short columns of the pairs and the stored scores.
 
 Every shard of pairs is a task that returns sums; the texts that are read are those of the few examples.
 """
 
-import hashlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -21,16 +20,16 @@ from deltaray.pair.sums import Floats, Histogram, Moments, features, resampled
 from deltaray.prompts.shards import read_rows, shard_name
 from deltaray.recipe.study import Study
 from deltaray.runtime.stream import map_units
-from deltaray.store import Store, keys_of
+from deltaray.store import PAIRS_PREFIX, Store, keys_of, number_of
 
 CLIP = 2000
-"""Characters of a text that `delta.json` holds of an example."""
+"""Characters of a text that `_delta.json` holds of an example."""
 SIDES = ("chosen", "rejected")
 SHORT = [f"{side}_{what}" for side in SIDES for what in ("model", "sample", "score", "tokens")]
 
 
 def delta_path(pairing: str) -> str:
-    return f"{Store.pairs(pairing)}/delta.json"
+    return f"{Store.pairs(pairing)}/_delta.json"
 
 
 def is_described(study: Study, store: Store, name: str) -> bool:
@@ -42,12 +41,11 @@ def _inputs(study: Study, store: Store, name: str) -> str:
     """Tells apart what a description is made from: the pairs, and all scores of their teachers."""
     folders = [Store.pairs(name)]
     folders += [Store.scores(scorer, teacher) for scorer in study.scorers for teacher in study.pairings[name].names]
-    files = [f"{path} {it.size} {it.mtime_ns}" for folder in folders for path, it in store.listing(folder).items()]
-    return hashlib.sha256("\n".join(files).encode()).hexdigest()[:16]
+    return store.digest(folders)
 
 
 def describe(study: Study, store: Store, names: list[str]) -> None:
-    """Writes `delta.json` of these pairings."""
+    """Writes `_delta.json` of these pairings."""
     inputs = {name: _inputs(study, store, name) for name in names}
     units = [
         {
@@ -75,7 +73,7 @@ def describe_shard(store: Store, unit: dict[str, Any]) -> dict[str, Any]:
     prompts = pc.rank(pairs["prompt_id"], tiebreaker="dense").to_numpy().astype(np.int64) - 1
     chosen, rejected = (_floats(pairs[f"{side}_score"]) for side in SIDES)
     tokens = [_floats(pairs[f"{side}_tokens"]) for side in SIDES]
-    shard = shard_name(unit["pairs"])
+    shard = shard_name(unit["pairs"]).removeprefix(PAIRS_PREFIX)
     numbers = [("tokens", tokens), *_numbers(store, unit, pairs, shard)]
     differences = {name: Difference.of(sides[0], sides[1], prompts) for name, sides in numbers}
     sums = resampled(features(chosen, rejected, tokens[0] - tokens[1]), prompts, f"{unit['pairing']} {shard}")
@@ -121,12 +119,8 @@ def _teachers(store: Store, unit: dict[str, Any], shard: str) -> Iterator[tuple[
         scorer, _, part = unit["scorer"].partition("/")
         columns = ["parts" if part else "score"]
         table = store.read_tables(Store.scores(scorer, teacher), SCORES, columns, prefix=f"{shard}-")
-        values = _floats(_part(table, part) if part else table["score"])
+        values = _floats(number_of(table["parts"], part) if part else table["score"])
         yield teacher, Moments.of(values[np.isfinite(values)])
-
-
-def _part(table: pa.Table, part: str) -> pa.ChunkedArray:
-    return pc.map_lookup(table["parts"], part, "last").cast(pa.float64())
 
 
 def _numbers(store: Store, unit: dict[str, Any], pairs: pa.Table, shard: str) -> Iterator[tuple[str, list[Floats]]]:
@@ -138,7 +132,9 @@ def _numbers(store: Store, unit: dict[str, Any], pairs: pa.Table, shard: str) ->
             table = store.read_tables(Store.scores(scorer, teacher), SCORES, prefix=f"{shard}-")
             if not len(table):
                 continue
-            columns = {scorer: table["score"]} | {f"{scorer}/{part}": _part(table, part) for part in _parts(table)}
+            columns = {scorer: table["score"]} | {
+                f"{scorer}/{part}": number_of(table["parts"], part) for part in _parts(table)
+            }
             for number, side in enumerate(SIDES):
                 mine = pc.equal(pairs[f"{side}_model"], teacher).to_numpy()
                 place = pc.index_in(keys[side].filter(pa.array(mine)), value_set=keys_of(table).combine_chunks())
@@ -156,8 +152,7 @@ def _side_keys(pairs: pa.Table, side: str) -> pa.ChunkedArray:
 
 
 def _parts(table: pa.Table) -> list[str]:
-    names = {name for chunk in table["parts"].chunks for name in chunk.keys.unique().to_pylist()}
-    return sorted(names)
+    return sorted(pc.unique(pc.struct_field(pc.list_flatten(table["parts"]), "key")).to_pylist())
 
 
 def _extremes(pairs: pa.Table, delta: Floats, path: str) -> dict[str, list[Place]]:

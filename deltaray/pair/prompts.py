@@ -44,7 +44,7 @@ def dropped_prompts(store: Store, item: PromptFilter) -> dict[str, list[str]]:
 def filter_digest(store: Store, item: PromptFilter) -> str:
     """Tells apart what a filter on prompts is made from: its settings, the stored prompts, the benchmarks' content."""
     parts = [item.model_dump_json(exclude={"sources"})]
-    parts += [f"{path} {store.count(path)}" for path in store.committed(Store.prompts)]
+    parts.append(store.digest([Store.prompts]))
     if isinstance(item, Contaminated):
         parts += [_sha256(path) for path in item.paths]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]

@@ -12,7 +12,7 @@ from deltaray.pair.filters import Candidate, Rule, text_filter, token_filter
 from deltaray.recipe.deltas import Pairing
 from deltaray.response_tokens import THOUGHTS
 
-FAILURES = ("prompt refused", "engine error", "empty answer")
+FAILURES = ("prompt refused", "engine error", "empty answer", "answer calls tools", "answer not Unicode")
 """Kinds of failed responses, as their `error` begins."""
 Named = tuple[str, Rule]
 

@@ -17,7 +17,7 @@ from deltaray.pair.removed import REMOVED, Removed, removed_table
 from deltaray.pair.rules import Named, rules
 from deltaray.prompts.shards import shard_name
 from deltaray.recipe.deltas import Pairing
-from deltaray.store import Store, keys_of
+from deltaray.store import Store, keys_of, number_of
 
 AT_ONCE = 2048
 """Candidates that are Python objects at the same time."""
@@ -61,8 +61,9 @@ def _offers(store: Store, pairing: Pairing, samples: dict[str, int | None], shar
 
 def _of_teacher(store: Store, pairing: Pairing, teacher: str, samples: int | None, shard: str) -> pa.Table:
     """One teacher's, with `at`: the place of each among the rows of its files."""
-    columns = [name for name in OFFERS if name != "score"]
+    columns = [name for name in OFFERS if name not in ("teacher", "score")]
     table = store.read_tables(Store.responses(teacher), RESPONSES, columns, prefix=f"{shard}-")
+    table = table.append_column("teacher", pa.repeat(teacher, len(table)))
     table = table.append_column("at", pa.array(range(len(table)), pa.int64()))
     score = _scores(store, pairing.scorer, teacher, shard, table)
     table = table.append_column("score", score)
@@ -79,7 +80,7 @@ def _scores(store: Store, reference: str | None, teacher: str, shard: str, respo
     name, _, part = reference.partition("/")
     columns = ["prompt_id", "sample", "parts" if part else "score"]
     table = store.read_tables(Store.scores(name, teacher), SCORES, columns, prefix=f"{shard}-")
-    values = table["score"] if not part else pc.map_lookup(table["parts"], part, "last").cast(pa.float64())
+    values = table["score"] if not part else number_of(table["parts"], part)
     place = pc.index_in(keys_of(responses), value_set=keys_of(table).combine_chunks())
     return values.take(place)
 
@@ -154,4 +155,4 @@ class _Left:
     def write(self, store: Store, name: str, shard: str) -> None:
         store.write_table(f"{Store.removed(name)}/{shard}.parquet", removed_table(*self.joined, self.removed), REMOVED)
         pairs = pa.concat_tables(self.tables)
-        store.write_table(f"{Store.pairs(name)}/{shard}.parquet", pairs, PAIRS, row_group_size=ROW_GROUP)
+        store.write_table(Store.pair_shard(name, shard), pairs, PAIRS, row_group_size=ROW_GROUP)

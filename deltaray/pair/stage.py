@@ -1,6 +1,5 @@
 """Pair: joins the stored responses shard by shard, applies the rules, commits the pair shards and the funnel."""
 
-import hashlib
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -16,7 +15,7 @@ from deltaray.recipe.filters import Contaminated, DuplicatePrompt
 from deltaray.recipe.scorers import scorer_name
 from deltaray.recipe.study import Study
 from deltaray.runtime.stream import map_units
-from deltaray.store import Store
+from deltaray.store import PAIRS_PREFIX, Store
 from deltaray.tokens import complete_tokens, files_by_shard, paired_sides
 
 Dropped = dict[int, dict[str, list[str]]]
@@ -24,15 +23,14 @@ Dropped = dict[int, dict[str, list[str]]]
 
 
 def inputs_of(study: Study, store: Store, name: str) -> str:
-    """A digest of the files that a pairing is made from: pairs are made anew when responses or scores are added."""
+    """A digest of what a pairing is made from: pairs are made again when prompts, responses or scores are others."""
     pairing = study.pairings[name]
-    folders = [Store.responses(teacher) for teacher in pairing.names]
+    folders = [Store.prompts, *(Store.responses(teacher) for teacher in pairing.names)]
     folders += [Store.scores(scorer_name(it), teacher) for it in pairing.scorers for teacher in pairing.names]
-    files = [path for folder in folders for path in store.committed(folder)]
-    files += [
+    filters = [
         filter_digest(store, item) for item in pairing.filters if isinstance(item, DuplicatePrompt | Contaminated)
     ]
-    return hashlib.sha256("\n".join([*files, str(_samples(study, name))]).encode()).hexdigest()[:16]
+    return store.digest(folders, *filters, _samples(study, name))
 
 
 def _samples(study: Study, name: str) -> dict[str, int | None]:
@@ -56,8 +54,9 @@ def pair(study: Study, store: Store, on_pairing: Callable[[str, int], None] = la
     Raises:
         UserError: rules left no pair of a pairing; what is there shows where they went.
     """
-    todo = [name for name in study.pairings if not is_paired(study, store, name)]
-    store.delete(delta_path(name) for name in todo)
+    inputs = {name: inputs_of(study, store, name) for name in study.pairings}
+    todo = [name for name in study.pairings if store.made_from(name) != inputs[name]]
+    store.delete(path for name in todo for path in (delta_path(name), *_of_earlier_version(store, name)))
     complete_tokens(study, store, paired_sides(study, todo))
     dropped = {name: _dropped(study, store, name) for name in todo}
     chosen = _choose(study, store, [name for name in todo if study.pairings[name].is_drawn], dropped)
@@ -69,7 +68,7 @@ def pair(study: Study, store: Store, on_pairing: Callable[[str, int], None] = la
         name = result["pairing"]
         funnels[name].append(result["funnel"])
         if len(funnels[name]) == left[name]:
-            counts[name] = _commit(study, store, name, merge_funnels(funnels[name]))
+            counts[name] = _commit(store, name, merge_funnels(funnels[name]), inputs[name])
             on_pairing(name, counts[name])
     there = [name for name in study.pairings if counts.get(name, 1)]
     describe(study, store, [name for name in there if not is_described(study, store, name)])
@@ -77,18 +76,24 @@ def pair(study: Study, store: Store, on_pairing: Callable[[str, int], None] = la
     return counts
 
 
-def _commit(study: Study, store: Store, name: str, funnel: Funnel) -> int:
+def _of_earlier_version(store: Store, name: str) -> list[str]:
+    """Its files of pairs, which had other names."""
+    paths = store.committed(Store.pairs(name))
+    return [path for path in paths if not shard_name(path).startswith(PAIRS_PREFIX)]
+
+
+def _commit(store: Store, name: str, funnel: Funnel, inputs: str) -> int:
     """Writes what is written last; returns the number of pairs. A pairing without any is never done."""
-    store.write_json(f"{Store.pairs(name)}/funnel.json", funnel)
+    store.write_json(Store.funnel(name), funnel)
     if funnel[-1]["out"]:
-        store.write_json(f".deltaray/pairs/{name}.json", {"inputs": inputs_of(study, store, name)})
+        store.write_json(f".deltaray/pairs/{name}.json", {"inputs": inputs})
     return int(funnel[-1]["out"])
 
 
 def _refuse_empty(store: Store, counts: dict[str, int]) -> None:
     empty = [name for name, pairs in counts.items() if not pairs]
     if empty:
-        funnels = [funnel_text(name, store.read_json(f"{Store.pairs(name)}/funnel.json")) for name in empty]
+        funnels = [funnel_text(name, store.read_json(Store.funnel(name))) for name in empty]
         raise UserError("\n".join(["no pair is left; loosen what removed them:", *funnels]))
 
 

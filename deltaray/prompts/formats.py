@@ -1,64 +1,85 @@
-"""Rows of JSONL, JSON, Parquet and CSV files and of Hugging Face data sets, one by one, whatever their size.
+"""Rows of JSONL, JSON, Parquet and CSV files and of Hugging Face data sets, one by one, whatever their size."""
 
-Bytes that are no UTF-8 stay in the text as lone surrogates (`surrogateescape`): `rows.py` tells what to do with them.
-"""
-
-import csv
-import io
-import json
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from deltaray.errors import UserError
 from deltaray.prompts.rows import COLUMNS
+from deltaray.prompts.text import BUFFER_BYTES, CODECS, TEXT_READERS, Numbered, read_text, refuse_repeated
 from deltaray.prompts.view import WHOLE, View
 
-Numbered = Iterator[tuple[int, dict[str, Any]]]
-"""Rows with their line (formats that have lines) or number, from 1."""
-
-BUFFER_BYTES = 1 << 20
 BATCH_ROWS = 1024
 """Rows of a Parquet file or data set in memory at once."""
-MOST_CHARACTERS = 1 << 28
-"""In one field of a CSV file: what a quote that is left open may take into memory."""
-_json_row = json.JSONDecoder(strict=False)  # control characters inside strings are text like any other
+READERS = (*TEXT_READERS, ".parquet")
+"""By the end of the file's name; text may be compressed (`CODECS`)."""
+SHOWN_NAMES = 20
+UNREAD = (
+    "system", "system_prompt", "instruction", "input", "context", "documents", "tools", "functions", "image", "images",
+    "video", "videos", "audio", "audios",
+)  # fmt: skip
+"""Columns that mean something to an answer: the user hears of those that are not read."""
+
+Say = Callable[[str], None]
 
 
-def open_rows(path: str, key: str, columns: tuple[str, ...] = COLUMNS, view: View = WHOLE) -> Numbered:
-    """The rows of a prompt file or data set.
+def silent(_: str) -> None:
+    """Tells nobody."""
+
+
+def open_rows(
+    path: str, key: str, columns: tuple[str, ...] = COLUMNS, view: View = WHOLE, say: Say = silent
+) -> Numbered:
+    """The rows of a prompt file or data set; numbers that are none (NaN, infinity) are null.
 
     Args:
         key: the recipe's key that names it, for messages.
         columns: what is read of a row, where others can be left out. view: which part of a data set.
+        say: is told once of every column that is not read though it means something.
     Raises:
         UserError: there is no such file, or it is not of its kind; raised when that part is reached.
     """
-    file = Path(path)
+    file, kind = Path(path), kind_of(path)
     if file.is_dir():
         raise UserError(f"{key}: {path} is a folder; name one file")
     if is_hub_dataset(path):
-        return _dataset(path, key, columns, view)
+        return _finite(_dataset(path, key, columns, view, say))
     if not file.exists():
         raise UserError(f"{key}: there is no file {path}; give a JSONL, JSON, Parquet or CSV file")
-    if file.suffix not in READERS:
-        raise UserError(f"{key}: {path}: unknown kind {file.suffix!r}; use {', '.join(READERS)}")
-    return _parquet(file, columns) if file.suffix == ".parquet" else TEXT_READERS[file.suffix](file)
+    if kind not in READERS or (kind == ".parquet" and file.suffix.lower() != kind):
+        codecs = ", ".join(CODECS)
+        raise UserError(
+            f"{key}: {path}: unknown kind {''.join(file.suffixes[-2:])!r}; use {', '.join(READERS)}, or one of the "
+            f"first three with {codecs} behind it"
+        )
+    for what, named in (("config", view.config), ("split", view.split)):
+        if named not in (None, "train"):
+            say(f"{key}: {path} is a file and has no `{what}`: {named!r} is ignored")
+    if kind == ".parquet":
+        return _finite(_parquet(file, key, columns, view, say))
+    return _finite(_noticed(read_text(file, kind), key, columns, say))
+
+
+def kind_of(path: str) -> str:
+    """The end of a file's name that says what is in it, without that of a codec."""
+    file = Path(path)
+    return (Path(file.stem) if file.suffix.lower() in CODECS else file).suffix.lower()
 
 
 def is_hub_dataset(path: str) -> bool:
     """`owner/name` that is no file here and does not look like one."""
     file = Path(path)
-    return path.count("/") == 1 and not (file.exists() or file.is_absolute() or file.suffix in READERS)
+    return path.count("/") == 1 and not (file.exists() or file.is_absolute() or kind_of(path) in READERS)
 
 
 def place(path: str, number: int) -> str:
     """Where a row is, for messages."""
-    return f"{path}:{number}" if Path(path).suffix in (".jsonl", ".csv") else f"{path}: row {number}"
+    return f"{path}:{number}" if kind_of(path) in TEXT_READERS and not is_hub_dataset(path) else f"{path}: row {number}"
 
 
 def files_of(path: str, key: str, view: View = WHOLE) -> list[Path]:
@@ -68,97 +89,58 @@ def files_of(path: str, key: str, view: View = WHOLE) -> list[Path]:
     return [Path(item["filename"]) for item in _load_dataset(path, key, view.config, view.split).cache_files]
 
 
-# --- text -------------------------------------------------------------------------------------------------------
-def _open(file: Path) -> BinaryIO:
-    """The file behind its byte order mark."""
-    try:
-        source = file.open("rb", buffering=BUFFER_BYTES)
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read: {error.strerror}") from None
-    start = source.read(4)
-    if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        source.close()
-        raise UserError(f"{file}:1: not UTF-8 text but UTF-16 or UTF-32; save the file as UTF-8")
-    source.seek(3 if start.startswith(b"\xef\xbb\xbf") else 0)
-    return source
-
-
-def _jsonl(file: Path) -> Numbered:
-    with _open(file) as source:
-        for number, line in enumerate(source, start=1):
-            if line and not line.isspace():
-                yield number, _parse(_decode(line), file, number)
-
-
-def _decode(line: bytes) -> str:
-    return line.decode(errors="surrogateescape")
-
-
-def _parse(line: str, file: Path, number: int) -> dict[str, Any]:
-    try:
-        row = _json_row.decode(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file}:{number}: broken JSON: {_why(error)}; write one object per line") from None
-    if not isinstance(row, dict):
-        raise UserError(f'{file}:{number}: not an object; write {{"prompt": "…"}}')
-    return row
-
-
-def _why(error: Exception) -> str:
-    if isinstance(error, json.JSONDecodeError):
-        return f"{error.msg} at column {error.colno}"
-    return "nested too deeply" if isinstance(error, RecursionError) else str(error)
-
-
-def _json(file: Path) -> Numbered:
-    with _open(file) as source:
-        text = _decode(source.read())
-    try:
-        rows = _json_row.decode(text)
-    except (ValueError, RecursionError) as error:
-        line = error.lineno if isinstance(error, json.JSONDecodeError) else 1
-        raise UserError(f"{file}:{line}: broken JSON: {_why(error)}; write a list of objects") from None
-    if not isinstance(rows, list):
-        raise UserError(f"{file}: not a list of objects; use .jsonl for one object per line")
-    for number, row in enumerate(rows, start=1):
-        if not isinstance(row, dict):
-            raise UserError(f'{file}: row {number}: not an object; write {{"prompt": "…"}}')
+def _finite(rows: Numbered) -> Numbered:
+    for number, row in rows:
+        for name, value in row.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                row[name] = None
         yield number, row
 
 
-def _csv(file: Path) -> Numbered:
-    csv.field_size_limit(MOST_CHARACTERS)
-    with _open(file) as source:
-        start = source.tell()
-        text = io.TextIOWrapper(source, encoding="utf-8", errors="surrogateescape", newline="")
-        text.seek(start)
-        reader = csv.DictReader(text, strict=True)  # else a quote left open would swallow the rest of the file
-        try:
-            for row in reader:
-                yield reader.line_num, {key: value for key, value in row.items() if key and value != ""}
-        except csv.Error as error:
-            raise UserError(
-                f"{file}:{reader.line_num}: broken CSV: {error}; is a quote left open, or not doubled?"
-            ) from None
+# --- columns ----------------------------------------------------------------------------------------------------
+def _noticed(rows: Numbered, key: str, columns: tuple[str, ...], say: Say) -> Numbered:
+    """The rows; tells once of each column in `UNREAD` that holds something and is not read."""
+    left = set(UNREAD) - set(columns)
+    for number, row in rows:
+        for name in [name for name in left.intersection(row) if row[name]]:
+            left.remove(name)
+            _tell(name, key, say)
+        yield number, row
+
+
+def _tell(name: str, key: str, say: Say) -> None:
+    say(f"{key}: column {name!r} is ignored: what it says reaches neither prompts nor answers")
+
+
+def _wanted(names: list[str], path: str, key: str, columns: tuple[str, ...], view: View, say: Say) -> list[str]:
+    """What is read of a table's columns.
+
+    Raises:
+        UserError: one that the recipe names, or one that is always needed, is not there.
+    """
+    refuse_repeated(names, path)
+    there = ", ".join(names[:SHOWN_NAMES]) + (", …" if len(names) > SHOWN_NAMES else "") or "none"
+    for ours, theirs in view.columns.items():
+        if theirs not in names:
+            raise UserError(f"{path}: no column {theirs!r} (columns.{ours}); the columns are {there}")
+    ours_there = {*names, *view.columns}
+    if "chosen" in columns and not {"chosen", "rejected"} <= ours_there:
+        raise UserError(f"{path}: no `chosen` and `rejected`; the columns are {there}")
+    if set(COLUMNS) <= set(columns) and not {"prompt", "messages"} & ours_there:
+        raise UserError(f"{path}: neither `prompt` nor `messages`; the columns are {there}")
+    for name in sorted(set(UNREAD).intersection(names) - set(columns)):
+        _tell(name, key, say)
+    return [name for name in columns if name in names]
 
 
 # --- Arrow ------------------------------------------------------------------------------------------------------
-def _parquet(file: Path, wanted: tuple[str, ...]) -> Numbered:
+def _parquet(file: Path, key: str, columns: tuple[str, ...], view: View, say: Say) -> Numbered:
     try:
         with pq.ParquetFile(file, buffer_size=BUFFER_BYTES) as source:
-            columns = _wanted(source.schema_arrow.names, str(file), wanted)
-            yield from _arrow_rows(source.iter_batches(BATCH_ROWS, columns=columns))
+            found = _wanted(source.schema_arrow.names, str(file), key, columns, view, say)
+            yield from _arrow_rows(source.iter_batches(BATCH_ROWS, columns=found))
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{file}: not a readable Parquet file: {str(error).splitlines()[0]}") from None
-
-
-def _wanted(names: list[str], path: str, wanted: tuple[str, ...]) -> list[str]:
-    there = ", ".join(names) or "none"
-    if wanted is COLUMNS and not {"prompt", "messages"} & set(names):
-        raise UserError(f"{path}: neither `prompt` nor `messages`; the columns are {there}")
-    if "chosen" in wanted and not {"chosen", "rejected"} <= set(names):
-        raise UserError(f"{path}: no `chosen` and `rejected`; the columns are {there}")
-    return [name for name in wanted if name in names]
 
 
 def _arrow_rows(batches: Iterable[Any]) -> Numbered:
@@ -191,27 +173,29 @@ def _value(scalar: Any) -> Any:
     if isinstance(scalar, pa.DictionaryScalar):
         return _value(scalar.dictionary[scalar.index.as_py()])
     buffer = getattr(scalar, "as_buffer", None)  # of strings and bytes
-    return scalar.as_py() if buffer is None else _decode(buffer().to_pybytes())
+    return scalar.as_py() if buffer is None else buffer().to_pybytes().decode(errors="surrogateescape")
 
 
-def _dataset(name: str, key: str, columns: tuple[str, ...], view: View) -> Numbered:
+# --- the hub ----------------------------------------------------------------------------------------------------
+def _dataset(name: str, key: str, columns: tuple[str, ...], view: View, say: Say) -> Numbered:
     rows = _load_dataset(name, key, view.config, view.split)
-    wanted = rows.select_columns(_wanted(rows.column_names, name, columns))
+    wanted = rows.select_columns(_wanted(rows.column_names, name, key, columns, view, say))
     yield from _arrow_rows(wanted.with_format("arrow").iter(BATCH_ROWS))
 
 
 @lru_cache(maxsize=2)
-def _load_dataset(name: str, key: str, config: str | None, split: str) -> Any:
+def _load_dataset(name: str, key: str, config: str | None, split: str | None) -> Any:
     """The data set in the local cache, mapped into memory: a study that is resumed needs no second download."""
     import datasets
 
     try:
-        return datasets.load_dataset(*filter(None, (name, config)), split=split)
+        return datasets.load_dataset(*filter(None, (name, config)), split=split or "train")
     except Exception as error:  # the hub's errors are many; all mean that this id cannot be read here
-        reason = str(error).strip().splitlines()[0]
+        reason = " ".join(str(error).split())[:500] or type(error).__name__
+        section = key.removesuffix(".path")
+        if "nknown split" in reason or "nrecognized instruction" in reason:
+            asked = f"has no split {split!r}" if split else "has no split 'train', which is read where none is named"
+            raise UserError(f"{section}.split: {name!r} {asked}: {reason}; name one that exists") from None
+        if "onfig name is missing" in reason or "uilderConfig" in reason:
+            raise UserError(f"{section}.config: {name!r}: {reason}; name one that exists") from None
         raise UserError(f"{key}: {name!r} is neither a file here nor a dataset that can be loaded: {reason}") from None
-
-
-TEXT_READERS = {".jsonl": _jsonl, ".json": _json, ".csv": _csv}
-"""By the end of the file's name."""
-READERS = (*TEXT_READERS, ".parquet")

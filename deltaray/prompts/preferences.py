@@ -4,8 +4,8 @@ From there everything is as if two models had answered: pairings, scores, filter
 A prompt that occurs several times has several samples, in the order of the data set.
 """
 
-import re
-from collections import defaultdict
+import math
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -13,11 +13,14 @@ import pyarrow as pa
 
 from deltaray.contracts import PROMPTS, RESPONSES, SCORES
 from deltaray.errors import UserError
-from deltaray.prompts.formats import open_rows, place
+from deltaray.prompts.answers import CALLS_TOOLS, NOT_UNICODE, Answer, split_side
+from deltaray.prompts.formats import Say, open_rows, place, silent
 from deltaray.prompts.rows import PromptRow, compact, prompt_row
+from deltaray.prompts.seen import Seen
 from deltaray.prompts.shards import prompt_table
 from deltaray.prompts.source import reading_of
-from deltaray.prompts.turns import RowError
+from deltaray.prompts.turns import RowError, same_beginning
+from deltaray.prompts.view import View
 from deltaray.recipe.recipe import Preferences
 from deltaray.store import Store
 
@@ -26,33 +29,46 @@ SIDES = ("chosen", "rejected")
 SCORE_COLUMNS = {
     side: (f"{side}_score", f"score_{side}", f"{side}_rating", f"{side}-rating", f"rating_{side}") for side in SIDES
 }
-COLUMNS = ("id", "prompt", "tools", "answer", "source", *SIDES, *SCORE_COLUMNS["chosen"], *SCORE_COLUMNS["rejected"])
+ABOUT_PROMPTS = ("id", "system", "tools", "answer", "source")
+COLUMNS = ("prompt", *ABOUT_PROMPTS, *SIDES, *SCORE_COLUMNS["chosen"], *SCORE_COLUMNS["rejected"])
+INSTEAD: dict[str, tuple[str, ...]] = {f"{side}_score": SCORE_COLUMNS[side] for side in SIDES}
+"""A column of scores that the recipe names is the only one."""
+PROMPT_REFUSED = "prompt refused"
 RECORD = ".deltaray/preferences.json"
-Turns = list[dict[str, str]]
-_SURROGATE = re.compile("[\ud800-\udfff]")
+READER = 2
+"""Changes when the same rows are read in another way."""
 
 
 class Preference(NamedTuple):
     """One row of a preference data set."""
 
     prompt: PromptRow
-    texts: tuple[str, str]  # chosen, rejected
+    answers: tuple[Answer, Answer]  # chosen, rejected
     scores: tuple[float | None, float | None]
 
+    @property
+    def texts(self) -> tuple[str, str]:
+        return self.answers[0].text, self.answers[1].text
 
-def read_preferences(section: Preferences) -> Iterator[Preference]:
+
+def read_preferences(section: Preferences, say: Say = silent) -> Iterator[Preference]:
     """The rows of a preference data set, each as soon as it is read and checked.
 
+    Args:
+        say: is told what the user should know of what is read.
     Raises:
-        UserError: names the file, the row and the mend; raised when that row is reached, and at the end if most rows
+        UserError: names the file, the row and what to do; raised when that row is reached, and at the end if most rows
             score their chosen side lower.
     """
     better = worse = rows = 0
-    for number, raw in open_rows(section.path, KEY, COLUMNS):
+    view, seen, failed = View.of(section), Seen(section.path), Counter[str]()
+    for number, raw in open_rows(section.path, KEY, view.wanted_of(COLUMNS), view, say):
         try:
-            row = preference_row(raw)
+            row = preference_row(view.row(raw, INSTEAD))
         except RowError as error:
             raise UserError(f"{place(section.path, number)}: {error}") from None
+        seen.first(row.prompt, number)
+        failed.update(_kind(row, answer) for answer in row.answers)
         if None not in row.scores:
             better += (row.scores[0] or 0) > (row.scores[1] or 0)
             worse += (row.scores[0] or 0) < (row.scores[1] or 0)
@@ -67,6 +83,20 @@ def read_preferences(section: Preferences) -> Iterator[Preference]:
         )
     if not rows:
         raise UserError(f"{section.path}: holds no rows ({KEY}); write `prompt`, `chosen` and `rejected`")
+    _tell_failed(failed, 2 * rows, say)
+
+
+def _kind(row: Preference, answer: Answer) -> str:
+    """Under what an answer's failure is counted."""
+    return PROMPT_REFUSED if row.prompt["error"] else str(answer.error).partition(":")[0]
+
+
+def _tell_failed(failed: Counter[str], answers: int, say: Say) -> None:
+    """What becomes of answers that are read and cannot be trained."""
+    words = {CALLS_TOOLS: "call tools, which is not trained", NOT_UNICODE: "hold text that is not Unicode"}
+    for kind, what in (words | {PROMPT_REFUSED: "belong to a prompt that is not Unicode"}).items():
+        if failed[kind]:
+            say(f"{KEY}: {failed[kind]:,} of {answers:,} answers {what}: the funnel counts their pairs ({kind!r})")
 
 
 def preference_row(raw: dict[str, Any]) -> Preference:
@@ -78,45 +108,25 @@ def preference_row(raw: dict[str, Any]) -> Preference:
     for side in SIDES:
         if raw.get(side) is None:
             raise RowError(f"no `{side}`; the row has {', '.join(raw) or 'nothing'}")
-    (before, chosen), (other, rejected) = (_split(raw, side) for side in SIDES)
-    if before != other:
+    (before, chosen), (other, rejected) = (split_side(raw, side) for side in SIDES)
+    if len(before) != len(other) or not same_beginning(before, other):
         raise RowError("chosen and rejected answer different conversations; they may differ in the last turn alone")
-    prompt = prompt_row({key: raw.get(key) for key in ("id", "tools", "answer", "source")} | {"messages": before})
-    values = tuple(
-        next((raw[name] for name in SCORE_COLUMNS[side] if raw.get(name) is not None), None) for side in SIDES
-    )
-    return Preference(prompt, (_mended(chosen), _mended(rejected)), (_number(values[0]), _number(values[1])))
-
-
-def _split(raw: dict[str, Any], side: str) -> tuple[Turns, str]:
-    """(all turns before the answer, the answer) of a side."""
-    value, prompt = raw[side], raw.get("prompt")
-    start = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt or [])
-    if isinstance(value, str):
-        if not start:
-            raise RowError(f"`{side}` is text, so the row needs a `prompt`")
-        return start, value
-    turns = value if isinstance(value, list) and all(isinstance(turn, dict) for turn in value) else []
-    if not turns or turns[-1].get("role") != "assistant" or not isinstance(turns[-1].get("content"), str):
-        raise RowError(f"`{side}` must be text, or turns {{role, content}} of which the last is the assistant's")
-    whole = turns[0].get("role") != "assistant" and (isinstance(prompt, str) or turns[: len(start)] == start)
-    return (turns if whole else [*start, *turns])[:-1], turns[-1]["content"]
-
-
-def _mended(text: str) -> str:
-    """Lone surrogates, which no Parquet file can hold, become U+FFFD."""
-    return _SURROGATE.sub("\ufffd", text)
+    prompt = prompt_row({key: raw.get(key) for key in ABOUT_PROMPTS} | {"messages": before})
+    scores = [next((raw[name] for name in SCORE_COLUMNS[side] if raw.get(name) is not None), None) for side in SIDES]
+    return Preference(prompt, (chosen, rejected), (_number(scores[0]), _number(scores[1])))
 
 
 def _number(value: Any) -> float | None:
+    """A score; None where it is not finite, which is how tables say that there is none."""
     try:
-        return None if value is None else float(value)
+        number = None if value is None else float(value)
     except (TypeError, ValueError):
         raise RowError(f"a score must be a number, not {value!r}") from None
+    return number if number is not None and math.isfinite(number) else None
 
 
 # --- into the store ---------------------------------------------------------------------------------------------
-def check_preferences(store: Store, section: Preferences) -> int:
+def check_preferences(store: Store, section: Preferences, say: Say = silent) -> int:
     """Reads all rows and writes nothing; returns how many prompts there are.
 
     Raises:
@@ -126,13 +136,19 @@ def check_preferences(store: Store, section: Preferences) -> int:
         record = store.read_json(RECORD)
         if record["reading"] == _reading(section):
             return int(record["prompts"])
+        if record["reading"].get("reader") != READER:
+            raise UserError(
+                f"{store.out} was made by an earlier version of deltaray, which read {section.path} in another way; "
+                "use another `out` (--set out=FOLDER)"
+            )
         raise UserError(f"{store.out} belongs to another recipe: {section.path} has changed; use another `out`")
-    return len({compact(row.prompt["prompt_id"]) for row in read_preferences(section)})
+    return len({compact(row.prompt["prompt_id"]) for row in read_preferences(section, say)})
 
 
 def _reading(section: Preferences) -> dict[str, Any]:
-    """What decides which rows are read."""
-    return {**section.model_dump(exclude={"path"}), "files": reading_of(section.path, KEY)}
+    """What decides which rows are read, and how."""
+    asked = section.model_dump(mode="json", exclude={"path"})
+    return {**asked, "reader": READER, "files": reading_of(section.path, KEY, View.of(section))}
 
 
 def store_preferences(store: Store, section: Preferences, shard_size: int, unit_size: int) -> None:
@@ -183,7 +199,7 @@ class _Writer:
 
     def _write(self, file: str, side: int, rows: list[tuple[int, Preference]]) -> None:
         name = self.names[side]
-        responses = [_response(name, sample, row, side) for sample, row in rows]
+        responses = [_response(sample, row, side) for sample, row in rows]
         scores = [
             {"prompt_id": row.prompt["prompt_id"], "sample": sample, "score": row.scores[side]} for sample, row in rows
         ]
@@ -192,18 +208,17 @@ class _Writer:
         self.store.write_table(f"{Store.responses(name)}/{file}", table, RESPONSES)
 
 
-def _response(name: str, sample: int, row: Preference, side: int) -> dict[str, Any]:
+def _response(sample: int, row: Preference, side: int) -> dict[str, Any]:
     """A row of `contracts.RESPONSES`; whose tokens these were is not known, so words stand in for their number."""
-    text = row.texts[side]
+    answer, refused = row.answers[side], row.prompt["error"]
     return {
         "prompt_id": row.prompt["prompt_id"],
         "sample": sample,
-        "teacher": name,
-        "text": text,
-        "reasoning": None,
+        "text": answer.text,
+        "reasoning": answer.reasoning,
         "prompt_token_ids": [],
         "token_ids": [],
-        "tokens": len(text.split()),
+        "tokens": len(answer.text.split()) + len((answer.reasoning or "").split()),
         "finish_reason": "stop",
-        "error": None if text.strip() else "empty answer",
+        "error": answer.error if refused is None else f"{PROMPT_REFUSED}: {refused}",
     }

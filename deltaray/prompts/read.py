@@ -3,32 +3,39 @@
 from collections.abc import Iterator
 
 from deltaray.errors import UserError
-from deltaray.prompts.formats import open_rows, place
-from deltaray.prompts.rows import PromptRow, compact, prompt_row
+from deltaray.prompts.formats import Say, open_rows, place, silent
+from deltaray.prompts.rows import PromptRow, prompt_row
+from deltaray.prompts.seen import Seen
 from deltaray.prompts.turns import RowError
 from deltaray.prompts.view import WHOLE, View
 
 
 def read_prompts(
-    path: str, key: str, limit: int | None = None, drop_duplicates: bool = False, view: View = WHOLE
+    path: str,
+    key: str,
+    limit: int | None = None,
+    drop_duplicates: bool = False,
+    view: View = WHOLE,
+    say: Say = silent,
 ) -> Iterator[PromptRow]:
-    """The prompts of a file, each as soon as it is read and checked; the ids alone stay in memory, as 16 bytes each.
+    """The prompts of a file, each as soon as it is read and checked; 32 bytes of each stay in memory.
 
     Args:
         path: the file or dataset id. `key`: the recipe's key that names it, for messages. `limit`: rows to use.
         drop_duplicates: keep the first row of an id or text instead of refusing the second.
         view: how a data set is read that was not made for us.
+        say: is told what the user should know of what is read.
     Raises:
-        UserError: names the file, the row (its line where the format has lines) and the mend; raised when that row
-            is reached.
+        UserError: names the file, the row (its line where the format has lines) and what to do; raised when that row
+            is reached. One id with two prompts is always refused.
     """
-    seen: dict[bytes, int] = {}
-    for number, raw in open_rows(path, key, view.wanted, view):
+    seen = Seen(path)
+    for number, raw in open_rows(path, key, view.wanted, view, say):
         try:
             row = prompt_row(view.row(raw))
         except RowError as error:
             raise UserError(f"{place(path, number)}: {error}") from None
-        first = seen.setdefault(compact(row["prompt_id"]), number)
+        first = seen.first(row, number)
         if first == number:
             yield row
             if len(seen) == limit:
@@ -38,5 +45,5 @@ def read_prompts(
             raise UserError(
                 f"{place(path, number)}: the same {kind} as {place(path, first)}; keep one, or give each its own id"
             )
-    if not seen:
+    if not len(seen):
         raise UserError(f"{path}: holds no prompts ({key}); write one JSON object per line with `prompt` or `messages`")

@@ -5,9 +5,19 @@ import json
 import re
 from typing import Any, NotRequired, TypedDict
 
-from deltaray.prompts.turns import RowError, Turn, checked_tools, checked_turns, conversation_json, plain_turns, short
+from deltaray.prompts.turns import (
+    RowError,
+    Turn,
+    agrees,
+    checked_tools,
+    checked_turns,
+    conversation_json,
+    plain_turns,
+    short,
+    with_system,
+)
 
-COLUMNS = ("id", "prompt", "messages", "tools", "answer", "source")
+COLUMNS = ("id", "prompt", "messages", "system", "tools", "answer", "source")
 """What is read of a row; other columns are left alone."""
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -46,7 +56,7 @@ def prompt_row(raw: dict[str, Any]) -> PromptRow:
         error=None,
         conversation=conversation,
     )
-    return row if _is_unicode("".join(_texts(row))) else _mended(row)
+    return row if is_unicode("".join(_texts(row))) else _mended(row)
 
 
 def compact(text: str) -> bytes:
@@ -67,14 +77,17 @@ def _text(value: Any) -> str | None:
 
 
 def _turns(raw: dict[str, Any]) -> list[Turn]:
-    prompt = raw.get("prompt")
-    if raw.get("messages") is not None or isinstance(prompt, list):
-        return checked_turns(prompt if raw.get("messages") is None else raw["messages"])
-    if prompt is None:
+    prompt, messages = raw.get("prompt"), raw.get("messages")
+    if messages is None and prompt is None:
         raise RowError(f"neither `prompt` nor `messages`; the row has {short(', '.join(raw)) or 'nothing'}")
-    if not isinstance(prompt, str) or not prompt or prompt.isspace():
-        raise RowError("`prompt` is empty or not text; write the user's question")
-    return [{"role": "user", "content": prompt}]
+    if messages is None and not isinstance(prompt, list):
+        if not isinstance(prompt, str) or not prompt or prompt.isspace():
+            raise RowError("`prompt` is empty or not text; write the user's question")
+        return with_system([{"role": "user", "content": prompt}], raw.get("system"))
+    turns = checked_turns(prompt if messages is None else messages)
+    if messages is not None and not agrees(prompt, turns):
+        raise RowError("`prompt` and `messages` say different things; leave one of them out")
+    return with_system(turns, raw.get("system"))
 
 
 def prompt_hash(messages: list[dict[str, str]], conversation: str | None = None) -> str:
@@ -95,7 +108,8 @@ def _texts(row: PromptRow) -> list[str]:
     return [row["prompt_id"], *texts, row["answer"] or "", row["source"] or "", row.get("conversation") or ""]
 
 
-def _is_unicode(text: str) -> bool:
+def is_unicode(text: str) -> bool:
+    """Whether it holds no lone surrogates."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -107,24 +121,25 @@ def _mended(row: PromptRow) -> PromptRow:
     """The row with U+FFFD and a reason; what was told apart before stays told apart."""
     prompt_id, conversation = row["prompt_id"], row.get("conversation")
     return PromptRow(
-        prompt_id=prompt_id if _is_unicode(prompt_id) else f"{_replace(prompt_id)}-{compact(prompt_id).hex()[:8]}",
-        messages=[{"role": turn["role"], "content": _replace(turn["content"])} for turn in row["messages"]],
-        answer=None if row["answer"] is None else _replace(row["answer"]),
-        source=None if row["source"] is None else _replace(row["source"]),
-        error=next(_reason(text) for text in _texts(row) if not _is_unicode(text)),
-        conversation=None if conversation is None else _replace(conversation),
+        prompt_id=prompt_id if is_unicode(prompt_id) else f"{replaced(prompt_id)}-{compact(prompt_id).hex()[:8]}",
+        messages=[{"role": turn["role"], "content": replaced(turn["content"])} for turn in row["messages"]],
+        answer=None if row["answer"] is None else replaced(row["answer"]),
+        source=None if row["source"] is None else replaced(row["source"]),
+        error=next(not_unicode(text) for text in _texts(row) if not is_unicode(text)),
+        conversation=None if conversation is None else replaced(conversation),
     )
 
 
-def _replace(text: str) -> str:
+def replaced(text: str) -> str:
+    """The text with U+FFFD for each lone surrogate, which no Parquet file can hold."""
     return _SURROGATE.sub("\ufffd", text)
 
 
-def _reason(text: str) -> str:
+def not_unicode(text: str) -> str:
     """What stands before the colon is the kind under which failures are counted."""
     found = _SURROGATE.search(text)
     assert found is not None
-    code, place = ord(found[0]), f"character {found.start() + 1} of {short(_replace(text))!r}"
+    code, place = ord(found[0]), f"character {found.start() + 1} of {short(replaced(text))!r}"
     if 0xDC80 <= code <= 0xDCFF:
         return f"invalid UTF-8: byte 0x{code - 0xDC00:02x} at {place}"
     return f"lone surrogate: U+{code:04X} at {place}"

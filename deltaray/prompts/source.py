@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from deltaray.errors import UserError
-from deltaray.prompts.formats import files_of
+from deltaray.prompts.formats import Say, files_of, kind_of, silent
 from deltaray.prompts.read import read_prompts
 from deltaray.prompts.rows import PromptRow
 from deltaray.prompts.shards import refuse_changed_prompts, store_prompts
@@ -30,19 +30,21 @@ class PromptSource:
     drop_duplicates: bool = False
     view: View = WHOLE
 
-    def rows(self) -> Iterator[PromptRow]:
+    def rows(self, say: Say = silent) -> Iterator[PromptRow]:
         """All prompts, as `read_prompts` gives them."""
-        return read_prompts(self.path, self.key, self.limit, self.drop_duplicates, self.view)
+        return read_prompts(self.path, self.key, self.limit, self.drop_duplicates, self.view, say)
 
 
-def check_source(store: Store, source: PromptSource, folder: str = Store.prompts) -> int:
+def check_source(store: Store, source: PromptSource, folder: str = Store.prompts, say: Say = silent) -> int:
     """Reads all prompts and compares them with those in the store; writes nothing. Returns how many there are.
+
+    `say` is told what the user should know of what is read.
 
     Raises:
         UserError: the first mistake in the file, or a prompt of the store that is missing or changed in it.
     """
     record = _stored_record(store, source, folder)
-    return refuse_changed_prompts(store, source.rows(), folder) if record is None else int(record["rows"])
+    return refuse_changed_prompts(store, source.rows(say), folder) if record is None else int(record["rows"])
 
 
 def store_source(
@@ -84,7 +86,7 @@ def reading_of(path: str, key: str, view: View = WHOLE) -> dict[str, Any] | None
     files = files_of(path, key, view)
     if not files or not all(file.is_file() for file in files):
         return None
-    return {"format": Path(path).suffix, "sha256": [_sha256(file) for file in files]}
+    return {"format": kind_of(path), "sha256": [_sha256(file) for file in files]}
 
 
 def _sha256(file: Path) -> str:

@@ -2,7 +2,7 @@
 
 Everything that compares, counts or shows prompts works on plain turns, {role, content}. What tools need besides
 (`tool_calls`, `tool_call_id`, `name`, and the schemas of a row's `tools`) goes, with every other field of these turns,
-into one text of JSON, untouched, and from there to the chat templates.
+into one text of JSON, untouched, and from there to the chat templates; so do thoughts of earlier answers.
 """
 
 import json
@@ -14,13 +14,18 @@ Tools = list[dict[str, Any]]
 ROLES = ("system", "user", "assistant", "tool")
 ASKING = ("user", "tool")
 """Who may speak last: the answer is the assistant's."""
-TOOL_FIELDS = ("tool_calls", "tool_call_id", "name")
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+"""Fields in which a turn's thoughts may stand beside its text."""
+CALLS = ("tool_calls", "function_call")
+TOOL_FIELDS = (*CALLS, "tool_call_id", "name", *THOUGHTS)
+TEXT_PARTS, THOUGHT_PARTS = ("text", "input_text", "output_text"), ("thinking", "reasoning")
+"""Types of the parts of a turn's content that are read."""
 SHOWN_CHARACTERS = 80
 """Of a text in a message."""
 
 
 class RowError(ValueError):
-    """The row is no prompt; the message says why, and the mend."""
+    """The row is no prompt; the message says why, and what to do."""
 
 
 def checked_turns(value: Any) -> list[Turn]:
@@ -29,21 +34,125 @@ def checked_turns(value: Any) -> list[Turn]:
     Raises:
         RowError: they are no turns, or the last one leaves nothing to answer.
     """
-    if not isinstance(value, list) or not value:
-        raise RowError("`messages` must be a list of {role, content}")
-    for turn in value:
-        if not _is_turn(turn):
-            raise RowError(f"a turn needs a role ({', '.join(ROLES)}) and text in `content`, not {short(repr(turn))}")
-    if value[-1]["role"] not in ASKING:
+    turns = turns_of(value, "messages")
+    if turns[-1]["role"] not in ASKING:
         raise RowError("the last turn must be the user's, or a tool's; leave the answer out of `messages`")
-    return [{name: item for name, item in turn.items() if item is not None or name == "content"} for turn in value]
+    if turns[-1]["role"] == "user" and not (turns[-1]["content"] or "").strip():
+        raise RowError("the user's last turn is empty; write the question")
+    return turns
 
 
-def _is_turn(turn: Any) -> bool:
+def turns_of(value: Any, column: str) -> list[Turn]:
+    """As `checked_turns`, whoever speaks last. `column`: its name, for messages.
+
+    Raises:
+        RowError: they are no turns.
+    """
+    if not isinstance(value, list) or not value:
+        raise RowError(f"`{column}` must be a list of {{role, content}}")
+    return [_checked(turn) for turn in value]
+
+
+def _checked(turn: Any) -> Turn:
     if not isinstance(turn, dict) or turn.get("role") not in ROLES:
-        return False
-    content = turn.get("content")
-    return isinstance(content, str) or (content is None and bool(turn.get("tool_calls")))
+        raise _no_turn(turn)
+    found = {name: item for name, item in turn.items() if not _is_none(item) or name == "content"}
+    if isinstance(found.get("content"), list):
+        text, thoughts = _from_parts(found["content"])
+        if thoughts and any(found.get(name) for name in THOUGHTS):
+            raise RowError("a turn has its thoughts both in `content` and beside it; keep one")
+        found |= {"content": text} | ({THOUGHTS[0]: thoughts} if thoughts else {})
+    has_more = any(found.get(name) for name in (*CALLS, *THOUGHTS))
+    if not isinstance(found.get("content"), str) and not (has_more and _is_none(found.get("content"))):
+        raise _no_turn(turn)
+    if _is_none(found.get("content")):
+        found["content"] = None
+    return found
+
+
+def _no_turn(turn: Any) -> RowError:
+    return RowError(f"a turn needs a role ({', '.join(ROLES)}) and text in `content`, not {short(repr(turn))}")
+
+
+def _is_none(value: Any) -> bool:
+    """Whether it is null, or NaN, which pandas writes for it."""
+    return value is None or value != value
+
+
+def _from_parts(parts: list[Any]) -> tuple[str, str]:
+    """(text, thoughts) of content in parts.
+
+    Raises:
+        RowError: one of them is neither, such as an image.
+    """
+    text: list[str] = []
+    thoughts: list[str] = []
+    for part in parts:
+        kind = part.get("type") if isinstance(part, dict) else None
+        field = "text" if kind in TEXT_PARTS else kind if kind in THOUGHT_PARTS else None
+        value = None if field is None else part.get(field) if part.get(field) is not None else part.get("text")
+        if not isinstance(value, str):
+            what = f"of type {kind!r}" if isinstance(kind, str) else short(repr(part))
+            raise RowError(f"a turn's `content` has a part {what}; only text can be asked and trained")
+        (text if field == "text" else thoughts).append(value)
+    return "".join(text), "".join(thoughts)
+
+
+def thoughts_of(turn: Turn) -> str | None:
+    """The thoughts that stand beside a turn's text.
+
+    Raises:
+        RowError: they are no text, or two fields say different things.
+    """
+    found = [turn[name] for name in THOUGHTS if turn.get(name)]
+    if any(not isinstance(item, str) for item in found):
+        raise RowError(f"thoughts ({', '.join(THOUGHTS)}) must be text")
+    if len(set(found)) > 1:
+        raise RowError(f"a turn has two different thoughts ({', '.join(name for name in THOUGHTS if turn.get(name))})")
+    return found[0] if found and found[0].strip() else None
+
+
+def with_system(turns: list[Turn], system: Any) -> list[Turn]:
+    """The turns behind the text of a row's `system`, if there is one.
+
+    Raises:
+        RowError: it is no text, or the turns begin with another one.
+    """
+    if system is None or system == "":
+        return turns
+    if not isinstance(system, str):
+        raise RowError(f"`system` must be text, not {short(repr(system))}")
+    if turns[0]["role"] != "system":
+        return [{"role": "system", "content": system}, *turns]
+    if turns[0]["content"] != system:
+        raise RowError("`system` and the conversation's own system turn say different things; leave one of them out")
+    return turns
+
+
+def agrees(prompt: Any, turns: list[Turn]) -> bool:
+    """Whether a row's `prompt` is nothing else than the turns: what the user says in them, or their beginning."""
+    if prompt is None or prompt == "" or prompt == []:
+        return True
+    if isinstance(prompt, str):
+        said = [(turn["content"] or "").strip() for turn in turns if turn["role"] == "user"]
+        return prompt.strip() in (*said, "\n".join(said))
+    return same_beginning(turns_of(prompt, "prompt"), turns)
+
+
+def same_beginning(start: list[Turn], turns: list[Turn]) -> bool:
+    """Whether turns begin with others: the same speakers say and call the same."""
+    return [_said(turn) for turn in start] == [_said(turn) for turn in turns[: len(start)]]
+
+
+def _said(turn: Turn) -> tuple[Any, ...]:
+    return turn["role"], (turn["content"] or "").strip(), *(_bare(turn.get(name)) or None for name in CALLS)
+
+
+def _bare(value: Any) -> Any:
+    """A value without the nulls with which tables fill up what only some rows have."""
+    if isinstance(value, dict):
+        return {name: _bare(item) for name, item in value.items() if item is not None}
+    return [_bare(item) for item in value] if isinstance(value, list) else value
 
 
 def checked_tools(value: Any) -> Tools | None:
@@ -70,7 +179,7 @@ def plain_turns(turns: list[Turn]) -> list[dict[str, str]]:
 
 
 def conversation_json(turns: list[Turn], tools: Tools | None) -> str | None:
-    """`contracts.PROMPTS`'s `conversation`: all that plain turns leave out; None if no tool is in it."""
+    """`contracts.PROMPTS`'s `conversation`: all that plain turns leave out; None if no tool or thought is in it."""
     special = (turn["role"] == "tool" or any(turn.get(name) for name in TOOL_FIELDS) for turn in turns)
     if not tools and not any(special):
         return None

@@ -1,4 +1,4 @@
-"""How rows of somebody else's data become rows of prompts: which part of a data set, which columns, which template."""
+"""How rows of somebody else's data become rows of ours: which part of a data set, which columns, which template."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -7,13 +7,16 @@ from deltaray.prompts.rows import COLUMNS
 from deltaray.prompts.turns import RowError, short
 from deltaray.recipe.source import PLACE, Source
 
+INSTEAD: dict[str, tuple[str, ...]] = {"prompt": ("messages",), "messages": ("prompt",)}
+"""What a column that the recipe names takes the place of, besides one of its own name."""
+
 
 @dataclass(frozen=True)
 class View:
-    """What `prompts` and tasks say of a data set besides its path."""
+    """What `prompts`, `preferences` and tasks say of a data set besides its path."""
 
     config: str | None = None
-    split: str = "train"
+    split: str | None = None
     columns: dict[str, str] = field(default_factory=dict)
     template: str | None = None
     answer: str | None = None
@@ -25,11 +28,15 @@ class View:
 
     @property
     def wanted(self) -> tuple[str, ...]:
-        """The columns to read; `COLUMNS` itself where all have our names."""
-        return tuple(dict.fromkeys([*COLUMNS, *self.columns.values()])) if self.columns else COLUMNS
+        """The columns to read of prompts."""
+        return self.wanted_of(COLUMNS)
 
-    def row(self, raw: dict[str, Any]) -> dict[str, Any]:
-        """A row under our names, in the template.
+    def wanted_of(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        """Those of our names, and what the recipe names."""
+        return tuple(dict.fromkeys([*names, *self.columns.values()]))
+
+    def row(self, raw: dict[str, Any], instead: dict[str, tuple[str, ...]] = INSTEAD) -> dict[str, Any]:
+        """A row under our names, in the template: what the recipe names wins over what is there under our name.
 
         Raises:
             RowError: it has no such column, or no text to put into the template.
@@ -38,7 +45,9 @@ class View:
             if theirs not in raw:
                 raise RowError(f"no column {theirs!r} (columns.{ours}); the row has {', '.join(raw)}")
         taken = {name: raw[theirs] for name, theirs in self.columns.items()}
-        row = {name: value for name, value in raw.items() if name not in self.columns.values()} | taken
+        replaced = {it for name in taken for it in instead.get(name, ()) if it not in taken}
+        gone = replaced.union(self.columns.values())
+        row = {name: value for name, value in raw.items() if name not in gone} | taken
         row |= self._answer(row)
         if self.template is None:
             return row

@@ -1,6 +1,6 @@
 """The recipe as one typed model: every top-level key a user may write."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, field_validator
 
@@ -11,7 +11,7 @@ from deltaray.recipe.extensions import Extensions
 from deltaray.recipe.merging import Merging
 from deltaray.recipe.models import Day, Section, Student, Teacher
 from deltaray.recipe.scorers import Scorer
-from deltaray.recipe.source import Source
+from deltaray.recipe.source import COLUMNS, Source
 from deltaray.recipe.training import Training
 
 Name = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
@@ -22,13 +22,17 @@ class Prompts(Source):
     """What to do with a second row of the same id or text: hub data sets often repeat prompts."""
 
 
-class Preferences(Section):
-    """An existing preference data set: its prompts, and its two sides as teachers who have answered already."""
+class Preferences(Source):
+    """An existing preference data set: its prompts, and its two sides as teachers who have answered already.
 
-    path: str
-    """JSONL, JSON, Parquet, CSV or a hub dataset id, with `chosen` and `rejected` as texts or conversations, and
-    `prompt` where these do not begin with it. Also read: `source`, `answer`, and the sides' scores."""
-    limit: int | None = Field(None, ge=1)
+    In the forms of `Source`, with `chosen` and `rejected` as texts or conversations, and `prompt` where these do not
+    begin with it. Also read: `system`, `source`, `answer`, `tools`, and the sides' scores.
+    """
+
+    names: ClassVar[tuple[str, ...]] = (
+        *(name for name in COLUMNS if name != "messages"),
+        *("chosen", "rejected", "chosen_score", "rejected_score"),
+    )
     chosen: str = "chosen"
     rejected: str = "rejected"
     """How pairings call the two sides."""

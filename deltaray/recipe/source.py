@@ -1,21 +1,26 @@
 """Where prompts come from, in whatever columns they lie there: what `prompts` and every evaluation task can say."""
 
+from typing import ClassVar
+
 from pydantic import Field, field_validator
 
 from deltaray.recipe.models import Section
 
-COLUMNS = ("id", "prompt", "messages", "answer", "source", "tools")
+COLUMNS = ("id", "prompt", "messages", "system", "answer", "source", "tools")
 PLACE = "{prompt}"
 
 
 class Source(Section):
+    names: ClassVar[tuple[str, ...]] = COLUMNS
+    """What `columns` may say where to find."""
+
     path: str
-    """JSONL, JSON, Parquet, CSV or a hub dataset id, with `prompt` (text) or `messages`, optionally `id`, `answer`,
-    `source`, `tools`."""
+    """JSONL, JSON, Parquet, CSV (text also as .gz, .zst, .bz2) or a hub dataset id, with `prompt` (text) or `messages`,
+    optionally `system` (text that becomes the first turn), `id`, `answer`, `source`, `tools`."""
     config: str | None = None
     """Which configuration of a hub data set that has several."""
-    split: str = "train"
-    """Which split of a hub data set."""
+    split: str | None = None
+    """Which split of a hub data set; none: `train`."""
     columns: dict[str, str] = {}
     """Where other names are used: ours -> theirs, such as `{prompt: question}`."""
     template: str | None = None
@@ -30,8 +35,8 @@ class Source(Section):
     @field_validator("columns")
     @classmethod
     def _known(cls, value: dict[str, str]) -> dict[str, str]:
-        if not set(value) <= set(COLUMNS):
-            raise ValueError(f"keys among {', '.join(COLUMNS)}, each with the name it has in the data")
+        if not set(value) <= set(cls.names):
+            raise ValueError(f"keys among {', '.join(cls.names)}, each with the name it has in the data")
         return value
 
     @field_validator("template")

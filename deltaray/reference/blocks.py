@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from deltaray.storage.filesystem import together
 from deltaray.store import Store
 from deltaray.tokens import token_files
 
@@ -16,6 +17,11 @@ class Block:
     tokens: str  # path of its file of tokens
     start: int
     rows: int
+
+    @property
+    def source(self) -> str:
+        """What its references are worked out from: the name holds a digest of the responses."""
+        return self.tokens.rpartition("/")[2]
 
     def path(self, student: str) -> str:
         """Where its references are committed: `<file of responses>-<first row>.parquet`."""
@@ -34,6 +40,7 @@ def blocks_of(store: Store, student: str, teacher: str) -> list[Block]:
 
 
 def missing_blocks(store: Store, student: str, teacher: str) -> list[Block]:
-    """Those that this student has not judged yet."""
-    done = set(store.committed(Store.references(student, teacher)))
-    return [block for block in blocks_of(store, student, teacher) if block.path(student) not in done]
+    """Those that this student has not judged yet, on these very tokens."""
+    paths = store.committed(Store.references(student, teacher))
+    done = dict(zip(paths, together(store.source, paths), strict=True))
+    return [block for block in blocks_of(store, student, teacher) if done.get(block.path(student)) != block.source]

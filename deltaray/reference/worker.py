@@ -39,7 +39,7 @@ class ReferenceWorker:
         tokens = self.store.read_table(block.tokens, schema=TOKENS).slice(block.start, block.rows)
         rows = [key | ids for key, ids in zip(keys.to_pylist(), tokens.to_pylist(), strict=True)]
         table = pa.Table.from_pylist(self.judge(rows), schema=REFERENCES)
-        self.store.write_table(block.path(self.name), table, REFERENCES)
+        self.store.write_table(block.path(self.name), table, REFERENCES, made_from=block.source)
         return row
 
     def judge(self, responses: Sequence[Row]) -> list[Row]:

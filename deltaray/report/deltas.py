@@ -1,4 +1,4 @@
-"""What the page says about the deltas of a pairing: read from `delta.json`, as a chart and as rows of tables."""
+"""What the page says about the deltas of a pairing: read from `_delta.json`, as a chart and as rows of tables."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Example:
 
 
 def read_delta(path: Path) -> dict[str, Any]:
-    """The content of a `delta.json`.
+    """The content of a `_delta.json`.
 
     Raises:
         ValueError, KeyError, TypeError: it is damaged or of another kind.

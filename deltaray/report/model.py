@@ -159,7 +159,7 @@ class Pairing:
 
     `rows` counts what the shards hold; `pairs` is the seeded sample that the page embeds. Lengths are in the
     student's tokens and cover all rows. `chosen_right` is the share of scored chosen answers with score 1, or
-    None when the scores are not right/wrong; `rejected_right` likewise. `delta` is the content of `delta.json`;
+    None when the scores are not right/wrong; `rejected_right` likewise. `delta` is the content of `_delta.json`;
     `removed` counts candidates by the rule that removed them, `removed_rows` are some of them with their texts.
     """
 

@@ -40,10 +40,12 @@ def read_study(out: Path, limit: int, seed: int = 0) -> Study:
 
 def _pairing(out: Path, folder: Path, sample: Sample, notes: list[str]) -> Pairing:
     """The pairs, what is told of them, and what was removed on the way (a quarter as much text)."""
-    funnel: tuple[FunnelStep, ...] = attempt(folder / "funnel.json", _funnel, (), notes)
+    funnel: tuple[FunnelStep, ...] = attempt(folder / "_funnel.json", _funnel, (), notes)
+    if (folder / "funnel.json").exists():
+        notes.append(f"{folder.name} is of an earlier version of deltaray; `deltaray pair` makes its pairs again")
     found = read_pairing(folder, funnel, sample, notes)
     removed = read_removed(out / ".deltaray" / "removed" / folder.name, sample.characters // 4, notes)
-    delta = attempt(folder / "delta.json", read_delta, None, notes)
+    delta = attempt(folder / "_delta.json", read_delta, None, notes)
     return replace(found, delta=delta, removed=removed.reasons, removed_rows=removed.rows)
 
 

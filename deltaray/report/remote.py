@@ -27,7 +27,9 @@ def local_copy(store: Store) -> Iterator[Path]:
 
 def _wanted(store: Store) -> list[str]:
     single = [path for path in ("recipe.yaml", ".deltaray/stages.jsonl") if store.exists(path)]
-    pairs = [path for suffix in (".parquet", "/funnel.json", "/delta.json") for path in store.listing("pairs", suffix)]
+    pairs = [
+        path for suffix in (".parquet", "/_funnel.json", "/_delta.json") for path in store.listing("pairs", suffix)
+    ]
     removed = store.listing(".deltaray/removed")
     training = store.listing("training", "/metrics.jsonl")
     merges = store.listing("adapters", "/merge.json")

@@ -68,7 +68,7 @@ class StudyMetrics:
         self._tell("deltaray_stage_total", total, stage=stage, item=item)
 
     def funnel(self, pairing: str, funnel: list[dict[str, Any]]) -> None:
-        """What became of the candidates of a pairing, as in its `funnel.json`."""
+        """What became of the candidates of a pairing, as in its `_funnel.json`."""
         for part in funnel:
             self._tell("deltaray_pairs_removed", part["removed"], pairing=pairing, stage=part["stage"])
         self._tell("deltaray_pairs", funnel[-1]["out"], pairing=pairing)

@@ -10,6 +10,7 @@ from deltaray.evaluate.harness import harness_definition
 from deltaray.evaluate.local import task_scorer
 from deltaray.generate.identity import generation_identity, model_identity
 from deltaray.prompts import PromptSource, check_source, is_hub_dataset, refuse_changed_prompts
+from deltaray.prompts.formats import Say, silent
 from deltaray.prompts.preferences import check_preferences
 from deltaray.prompts.read import read_prompts
 from deltaray.prompts.view import View
@@ -28,14 +29,16 @@ DATE = "date"
 SAFE_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
 
-def check_inputs(study: Study, store: Store) -> None:
+def check_inputs(study: Study, store: Store, say: Say = silent) -> None:
     """Reads all prompts, compares them with those in the store, and looks at all models.
+
+    `say` is told what the user should know of the prompts.
 
     Raises:
         UserError: the first mistake found, with file, key or row and the mend.
     """
-    _check_prompts(study, store)
-    check_tasks(study, store)
+    _check_prompts(study, store, say)
+    check_tasks(study, store, say=say)
     check_harness(study)
     check_search(study)
     check_deltas(study)
@@ -60,22 +63,22 @@ def check_deltas(study: Study) -> None:
                 next(read_prompts(path, f"pairings.{base_name(name)}.filters.{place}.paths", 1))
 
 
-def _check_prompts(study: Study, store: Store) -> int:
+def _check_prompts(study: Study, store: Store, say: Say) -> int:
     given = study.recipe.preferences
     if given:
-        return check_preferences(store, given)
-    return check_source(store, prompt_source(study), prompt_folder(study))
+        return check_preferences(store, given, say)
+    return check_source(store, prompt_source(study), prompt_folder(study), say)
 
 
-def check_local_inputs(study: Study, store: Store) -> int | None:
+def check_local_inputs(study: Study, store: Store, say: Say = silent) -> int | None:
     """The same for what lies on this machine; what is on a hub is looked at when it runs.
 
     Returns:
         the number of prompts; None if they are on a hub.
     """
     asked = study.recipe.preferences or study.recipe.prompts
-    prompts = None if asked is None or is_hub_dataset(asked.path) else _check_prompts(study, store)
-    check_tasks(study, store, on_hub=False)
+    prompts = None if asked is None or is_hub_dataset(asked.path) else _check_prompts(study, store, say)
+    check_tasks(study, store, on_hub=False, say=say)
     check_harness(study)
     check_search(study)
     for key, model in models_of(study):
@@ -121,7 +124,7 @@ def models_of(study: Study) -> list[tuple[str, Model]]:
     return [*teachers, *writers, *scorers, *(("student", student) for student in study.students.values())]
 
 
-def check_tasks(study: Study, store: Store, on_hub: bool = True) -> None:
+def check_tasks(study: Study, store: Store, on_hub: bool = True, say: Say = silent) -> None:
     """Every task can be read, has answers, is what the store has, and the selection shares no prompt with the rest.
 
     `on_hub`: also those that are on a hub.
@@ -129,7 +132,7 @@ def check_tasks(study: Study, store: Store, on_hub: bool = True) -> None:
     prompts: dict[str, dict[str, str]] = {"tasks": {}, "selection": {}}
     sources = {name: it for name, it in task_sources(study).items() if on_hub or not is_hub_dataset(it.path)}
     for name, source in sources.items():
-        rows = list(source.rows())
+        rows = list(source.rows(say))
         check_answers(study, name, source, rows)
         refuse_changed_prompts(store, rows, Store.evaluation_prompts(name))
         prompts[source.key.split(".")[1]] |= {str(row["messages"]): name for row in rows}

@@ -1,9 +1,8 @@
-"""Agreement between every two scorers of a study, over the pairs of responses that are stored: `scores/agreement.json`.
+"""Agreement between every two scorers of a study, over the stored pairs of responses: `agreement.json`.
 
 Every shard of prompts is a task; what it returns is a few counts, however many responses it holds.
 """
 
-import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from functools import partial
@@ -22,7 +21,7 @@ from deltaray.score.agreement import Counted, agreement_of, outcome_of
 from deltaray.score.stage import all_scores
 from deltaray.store import Store, keys_of
 
-AGREEMENT = "scores/agreement.json"
+AGREEMENT = "agreement.json"
 LENGTHS = (128, 512, 2048)
 """Borders of the length bins: tokens of the longer response of a pair, in its teacher's own tokens."""
 
@@ -57,11 +56,9 @@ def read_agreement(store: Store) -> dict[str, Any]:
 
 
 def _inputs(study: Study, store: Store) -> str:
-    files = store.listing("scores")  # a teacher that has changed may have files of the same names
-    of_sides = {Store.scores(scorer, teacher) for scorer, teacher in all_scores(study)}
-    found = [f"{path} {it.size} {it.mtime_ns}" for path, it in files.items() if path.rpartition("/")[0] in of_sides]
-    text = "\n".join([*found, *study.response_scorers(), str(_paired_sides(study))])
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    folders = [Store.scores(scorer, teacher) for scorer, teacher in all_scores(study)]
+    folders += [Store.prompts, *(Store.responses(teacher) for teacher in study.answering())]
+    return store.digest(folders, *study.response_scorers(), _paired_sides(study))
 
 
 def _paired_sides(study: Study) -> list[list[str]]:
@@ -152,7 +149,7 @@ def _notes(table: pa.Table, scorer: str) -> dict[str, int]:
 
 # --- what the user sees -----------------------------------------------------------------------------------------
 def agreement_tables(found: dict[str, Any]) -> list[Table]:
-    """What is in `scores/agreement.json`, to be printed."""
+    """What is in `agreement.json`, to be printed."""
     scored = Table(title="scored responses", title_justify="left")
     for column in ("scorer", "teacher", "responses", "scored", "without a score"):
         scored.add_column(column, justify="right" if column in ("responses", "scored") else "left")

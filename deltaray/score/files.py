@@ -12,6 +12,7 @@ from deltaray.contracts import SCORES
 from deltaray.prompts.shards import shard_name, shard_of
 from deltaray.prompts.turns import full_turns
 from deltaray.score.response import Response, Score, unscored
+from deltaray.storage.filesystem import together
 from deltaray.store import Store
 
 AT_ONCE = 2048
@@ -41,13 +42,27 @@ class Scoring:
 
 
 def missing_units(store: Store, scoring: Scoring) -> list[Unit]:
-    """One unit per responses file that is not scored yet; its scores file has the same name."""
-    done = {shard_name(path) for path in store.committed(scoring.destination)}
-    return [
-        asdict(scoring) | {"responses": path, "destination": f"{scoring.destination}/{shard_name(path)}.parquet"}
-        for path in store.committed(scoring.responses)
-        if shard_name(path) not in done
-    ]
+    """One unit per responses file that is not scored yet as it is; its scores file has the same name.
+
+    Scores that do not say what they are made from are taken for current: an earlier version wrote them.
+    """
+    scored = store.committed(scoring.destination)
+    sources = dict(zip(map(shard_name, scored), together(store.source, scored), strict=True))
+    units = []
+    for path in store.committed(scoring.responses):
+        name, made_from = shard_name(path), _made_from(store, scoring, path)
+        if name not in sources or sources[name] not in (None, made_from):
+            destination = f"{scoring.destination}/{name}.parquet"
+            units.append(asdict(scoring) | {"responses": path, "destination": destination, "made_from": made_from})
+    return units
+
+
+def _made_from(store: Store, scoring: Scoring, path: str) -> str:
+    """The content of a file of responses, and of those that they are compared with."""
+    others = [] if scoring.others is None else store.committed(scoring.others)
+    shard = f"{shard_of(path)}-"
+    contents = [store.content(it) for it in (path, *(it for it in others if shard_name(it).startswith(shard)))]
+    return hashlib.sha256(" ".join(contents).encode()).hexdigest()[:16]
 
 
 def read_slices(store: Store, unit: Unit, messages: bool = False) -> Iterator[list[Asked]]:
@@ -98,7 +113,7 @@ def write_scores(store: Store, unit: Unit, scored: Iterator[list[tuple[Key, Scor
         unscored = [note for note, there in zip(tables[-1]["note"].to_pylist(), known, strict=True) if not there]
         notes.update(str(note).partition(":")[0] for note in unscored)
     table = pa.concat_tables(tables)
-    store.write_table(unit["destination"], table, SCORES)
+    store.write_table(unit["destination"], table, SCORES, made_from=unit["made_from"])
     told = {"scorer": unit["scorer"], "teacher": unit["teacher"]}
     return {**told, "rows": len(table), "scored": count, "unscored": dict(notes)}
 

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from pyarrow import fs
 
 from deltaray.storage.filesystem import copy_tree, put, remove, sweep, temporary, together, unless_full
 from deltaray.storage.lock import hold
+from deltaray.storage.parquet import parquet_writer
 from deltaray.storage.reader import Reader
 
 COMPLETE = ".complete"
@@ -43,18 +43,27 @@ class Files(Reader):
                 yield
 
     # --- committing -------------------------------------------------------------------------------------------
-    def write_table(self, path: str, table: pa.Table, schema: pa.Schema, row_group_size: int | None = None) -> None:
+    def write_table(
+        self,
+        path: str,
+        table: pa.Table,
+        schema: pa.Schema,
+        row_group_size: int | None = None,
+        made_from: str | None = None,
+    ) -> None:
         """Commits one Parquet file with exactly this schema.
 
         Args:
             row_group_size: rows that a reader who goes through the file piece by piece holds at a time.
+            made_from: a digest of what it was worked out from, for `Reader.source`.
 
         Raises:
             StageError: the disk is full.
         """
         table = table.select(schema.names).cast(schema)
         sink = pa.BufferOutputStream()
-        pq.write_table(table, sink, compression="zstd", row_group_size=row_group_size)
+        with parquet_writer(sink, schema, made_from) as writer:
+            writer.write_table(table, row_group_size=row_group_size)
         self.write_bytes(path, sink.getvalue())
 
     def write_json(self, path: str, value: Any) -> None:

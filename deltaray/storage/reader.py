@@ -13,7 +13,7 @@ from pyarrow import fs
 
 from deltaray.errors import UserError
 from deltaray.storage.filesystem import OBJECT_STORES, connect, patient, together
-from deltaray.storage.parquet import open_parquet
+from deltaray.storage.parquet import CONTENT, SOURCE, open_parquet
 
 
 class Reader:
@@ -115,6 +115,20 @@ class Reader:
         """One file's footer: rows, and per column how many are null."""
         with self._open(path) as file:
             return file.metadata
+
+    def content(self, path: str) -> str:
+        """Tells one file's content from any other's, from its footer; of a file that somebody else wrote, its size and
+        time."""
+        told = (self.footer(path).metadata or {}).get(CONTENT)
+        if told is not None:
+            return str(told.decode())
+        info = self.filesystem.get_file_info(path)
+        return f"{info.size} {info.mtime_ns}"
+
+    def source(self, path: str) -> str | None:
+        """What a file says that it was worked out from (`made_from` of `write_table`); None if it says nothing."""
+        told = (self.footer(path).metadata or {}).get(SOURCE)
+        return None if told is None else str(told.decode())
 
     def count(self, path: str) -> int:
         """Rows of one file, read from its footer."""

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from deltaray.errors import UserError
+from deltaray.prompts.text import CODECS
 from deltaray.recipe import Recipe
 
 MAX_MIB = 32
 FILE_KEYS = ("path", "paths", "include", "model", "adapter", "adapters", "chat_template")
 """Keys of a recipe that may name files."""
-DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".jinja", ".txt")
+DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".jinja", ".txt", *CODECS)
 
 
 def pack(path: Path, recipe: Recipe, folder: Path) -> None:

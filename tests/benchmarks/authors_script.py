@@ -190,7 +190,9 @@ def committed(out: Path) -> list[Path]:
 def read_if_there(path: Path) -> pa.Table | None:
     """The rows of a file; None if it was published or deleted since it was listed."""
     with contextlib.suppress(FileNotFoundError):
-        return pq.ParquetFile(path).read(["teacher", "prompt_id", "text"])
+        table = pq.ParquetFile(path).read(["prompt_id", "text"])
+        teacher = next(part for part in path.parts if part.startswith("teacher=")).removeprefix("teacher=")
+        return table.append_column("teacher", pa.repeat(teacher, len(table)))
     return None
 
 

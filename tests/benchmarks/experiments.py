@@ -77,7 +77,7 @@ def selected(out: Path) -> dict[str, Any]:
 def deltas(out: Path) -> dict[str, Any]:
     """Per pairing: pairs, measured delta and chosen score, as means over seeds, and the values of the seeds."""
     found: dict[str, list[dict[str, Any]]] = {}
-    for path in sorted(out.glob("pairs/pairing=*/delta.json")):
+    for path in sorted(out.glob("pairs/pairing=*/_delta.json")):
         report = json.loads(path.read_text())
         if report["scored"]:
             found.setdefault(base_name(path.parent.name.partition("=")[2]), []).append(report)
@@ -94,7 +94,7 @@ def deltas(out: Path) -> dict[str, Any]:
 
 def agreement(out: Path) -> Any:
     """How far every two scorers agree, in all."""
-    path = out / "scores" / "agreement.json"
+    path = out / "agreement.json"
     found = json.loads(path.read_text())["agreement"] if path.exists() else []
     return [row for row in found if row["by"] in ("all", "teachers")]
 

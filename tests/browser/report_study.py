@@ -82,9 +82,9 @@ def write_pairing(out: Path, name: str, rows: int, shards: int = 2) -> None:
     for stage, left in counts.items():
         funnel.append({"stage": stage, "in": before, "out": left, "removed": before - left})
         before = left
-    (folder / "funnel.json").write_text(json.dumps(funnel), encoding="utf-8")
+    (folder / "_funnel.json").write_text(json.dumps(funnel), encoding="utf-8")
     if rows:
-        (folder / "delta.json").write_text(json.dumps(description(table)), encoding="utf-8")
+        (folder / "_delta.json").write_text(json.dumps(description(table)), encoding="utf-8")
         write_removed(out, name, table)
 
 
