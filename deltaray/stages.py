@@ -125,7 +125,8 @@ class Stages:
                 self.runner.nothing("pair", f"{len(self.study.pairings)} pairings are up to date")
             return
         with self.runner.stage("pair", "pairings", len(todo)) as progress:
-            pair(self.study, self.store, partial(self._show_pairs, progress))
+            say = partial(self.runner.say, "pair")
+            pair(self.study, self.store, partial(self._show_pairs, progress), say)
 
     def _show_pairs(self, progress: StageProgress, name: str, pairs: int) -> None:
         progress.update(name, 1, 1, note=f"{pairs:,} pairs")

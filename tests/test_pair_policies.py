@@ -247,7 +247,7 @@ def test_windows_that_leave_nothing_show_where_the_pairs_went(
     for _ in range(2):  # an empty pairing is not up to date
         with pytest.raises(UserError) as error:
             pair(study, store)
-        assert "no pair is left" in str(error.value) and "-30 delta below min_delta" in str(error.value)
+        assert "no pairs left" in str(error.value) and "-30 delta below min_delta" in str(error.value)
 
 
 def test_pair_shards_open_as_a_data_set_of_preferences(planted: tuple[Store, Study], tmp_path: Path) -> None:

@@ -206,7 +206,7 @@ def finished(store, trial, value, **facts):
 def test_trials_are_over_for_the_seeds_that_they_had(tmp_path: Path) -> None:
     store, (first, second, third, *_) = Store(str(tmp_path)), grid(recipe_of())
     finished(store, first, 0.5)
-    write_record(store, second, "failed", reason="no pair is left", seeds=[0])
+    write_record(store, second, "failed", reason="no pairs left", seeds=[0])
     write_record(store, third, "running")
     records = read_records(store)
     assert [is_over(records[it.name], [0]) for it in (first, second, third)] == [True, True, False]
@@ -245,11 +245,11 @@ def test_trials_that_cannot_write_their_own_record_get_one(tmp_path: Path, monke
 def test_all_failed_is_a_failure_of_the_command(tmp_path: Path) -> None:
     store, base = Store(str(tmp_path)), expand(recipe_of())
     for trial in grid(base.recipe):
-        write_record(store, trial, "failed", reason="no pair is left", seeds=[0])
-    with pytest.raises(StageError, match="all 6 trials failed; the first: no pair is left"):
+        write_record(store, trial, "failed", reason="no pairs left", seeds=[0])
+    with pytest.raises(StageError, match="all 6 trials failed; the first: no pairs left"):
         Explorer(base, store).refuse_if_all_failed()
     conclude(base, store, read_records(store))  # a table of failures all the same
-    assert store.read_table("tuning/trials.parquet")["reason"].to_pylist() == ["no pair is left"] * 6
+    assert store.read_table("tuning/trials.parquet")["reason"].to_pylist() == ["no pairs left"] * 6
     finished(store, grid(base.recipe)[0], 0.5)
     Explorer(base, store).refuse_if_all_failed()
 

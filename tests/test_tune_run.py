@@ -80,10 +80,10 @@ def test_trials_that_cannot_work_tell_why_and_stop_nobody(explored) -> None:
     records = read_records(store)
     assert sorted(record["state"] for record in records.values()) == ["failed", "failed", "finished", "finished"]
     failed = [record for record in records.values() if record["state"] == "failed"]
-    assert all("no pair is left" in it["reason"] and it["settings"]["min_delta"] == 1000 for it in failed)
+    assert all("no pairs left" in it["reason"] and it["settings"]["min_delta"] == 1000 for it in failed)
     table = store.read_table("tuning/trials.parquet").to_pylist()
     assert len(table) == 4 and [row["best"] for row in table].count(True) >= 1
-    assert "no pair is left" in resumed.stdout
+    assert "no pairs left" in resumed.stdout
 
 
 def test_trials_have_room_and_the_best_is_one_path_away(explored) -> None:

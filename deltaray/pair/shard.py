@@ -1,5 +1,6 @@
 """One shard of prompts: which responses are paired, which pairs pass, what is written. Runs on any node."""
 
+from collections import Counter
 from collections.abc import Sequence
 from itertools import compress
 from typing import Any
@@ -22,6 +23,9 @@ from deltaray.store import Store, keys_of, number_of
 AT_ONCE = 2048
 """Candidates that are Python objects at the same time."""
 
+REASONS = 8
+"""Reasons for refusals that a shard reports, the most frequent first."""
+
 ROW_GROUP = 512
 """Pairs that a reader who wants one of them must read."""
 
@@ -42,15 +46,19 @@ def pair_shard(store: Store, unit: Unit) -> dict[str, Any]:
     dropped = {int(place): set(ids) for place, ids in unit["dropped"].items()}
     filters = rules(pairing, unit["max_length"], dropped) + draw_rules(unit["chosen"])
     left, found = _Left(pairing, (prompts, offers, picks, texts)), [apply_rules([], filters)[1]]
+    refusals, thoughts = Counter[str](), 0
     for part in candidates(prompts, offers, picks, texts, unit["max_length"], pairing.scorers, AT_ONCE):
         kept, funnel = apply_rules(part, filters, left.removed)
         found.append(funnel)
+        refusals.update(pair["refusal"] for pair in part if pair["refusal"])
+        thoughts += sum(bool(pair["chosen_reasoning"] or pair["rejected_reasoning"]) for pair in kept)
         left.add(kept, unit["write"])
     if not unit["write"]:
         return {"pairing": unit["pairing"], "survey": vars(left.survey)}
     left.write(store, unit["pairing"], shard)
     beginning = _beginning(pairing, unit["samples"], prompts, picks)
-    return {"pairing": unit["pairing"], "funnel": [*beginning, *merge_funnels(found)]}
+    noted = {"refusals": dict(refusals.most_common(REASONS)), "thoughts": thoughts}
+    return {"pairing": unit["pairing"], "funnel": [*beginning, *merge_funnels(found)], **noted}
 
 
 # --- what is joined ---------------------------------------------------------------------------------------------

@@ -1,9 +1,11 @@
 """Pair: joins the stored responses shard by shard, applies the rules, commits the pair shards and the funnel."""
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
+from deltaray.answer_frame import frame_of
 from deltaray.errors import UserError
 from deltaray.pair.describe import delta_path, describe, is_described
 from deltaray.pair.draw import Survey, choose
@@ -12,11 +14,15 @@ from deltaray.pair.prompts import dropped_prompts, filter_digest
 from deltaray.pair.shard import Unit, pair_shard
 from deltaray.prompts.shards import shard_name
 from deltaray.recipe.filters import Contaminated, DuplicatePrompt
+from deltaray.recipe.models import Student
 from deltaray.recipe.scorers import scorer_name
 from deltaray.recipe.study import Study
 from deltaray.runtime.stream import map_units
 from deltaray.store import PAIRS_PREFIX, Store
+from deltaray.tokenizer import load_tokenizer
 from deltaray.tokens import complete_tokens, files_by_shard, paired_sides
+
+SHOWN_REASONS = 3
 
 Dropped = dict[int, dict[str, list[str]]]
 """By the place of a filter on prompts and by shard, the ids it removes."""
@@ -48,8 +54,16 @@ def is_paired(study: Study, store: Store, name: str) -> bool:
     return store.made_from(name) == inputs_of(study, store, name)
 
 
-def pair(study: Study, store: Store, on_pairing: Callable[[str, int], None] = lambda *_: None) -> dict[str, int]:
+def pair(
+    study: Study,
+    store: Store,
+    on_pairing: Callable[[str, int], None] = lambda *_: None,
+    say: Callable[[str], None] = lambda _: None,
+) -> dict[str, int]:
     """Makes the pairs of every pairing that is not up to date, and describes them; returns how many by pairing.
+
+    Args:
+        say: told what of the responses cannot be trained.
 
     Raises:
         UserError: rules left no pair of a pairing; what is there shows where they went.
@@ -63,13 +77,17 @@ def pair(study: Study, store: Store, on_pairing: Callable[[str, int], None] = la
     units = [it for name in todo for it in _units(study, store, name, dropped[name], chosen.get(name, {}), write=True)]
     left = {name: sum(unit["pairing"] == name for unit in units) for name in todo}
     funnels: dict[str, list[Funnel]] = {name: [] for name in todo}
+    notes = {name: _Notes() for name in todo}
     counts = {}
     for result in map_units(units, partial(pair_shard, store)):
         name = result["pairing"]
         funnels[name].append(result["funnel"])
+        notes[name].add(result)
         if len(funnels[name]) == left[name]:
             counts[name] = _commit(store, name, merge_funnels(funnels[name]), inputs[name])
             on_pairing(name, counts[name])
+            for line in notes[name].lines(name, study.students[study.student_of(name)]):
+                say(line)
     there = [name for name in study.pairings if counts.get(name, 1)]
     describe(study, store, [name for name in there if not is_described(study, store, name)])
     _refuse_empty(store, counts)
@@ -94,7 +112,7 @@ def _refuse_empty(store: Store, counts: dict[str, int]) -> None:
     empty = [name for name, pairs in counts.items() if not pairs]
     if empty:
         funnels = [funnel_text(name, store.read_json(Store.funnel(name))) for name in empty]
-        raise UserError("\n".join(["no pair is left; loosen what removed them:", *funnels]))
+        raise UserError("\n".join(["no pairs left; relax what removed them:", *funnels]))
 
 
 def _dropped(study: Study, store: Store, name: str) -> Dropped:
@@ -129,3 +147,23 @@ def _choose(study: Study, store: Store, names: list[str], dropped: dict[str, Dro
     for result in map_units(units, partial(pair_shard, store)):
         surveys[result["pairing"]].extend(result["survey"])
     return {name: choose(study.pairings[name], survey) for name, survey in surveys.items()}
+
+
+class _Notes:
+    """What of a pairing's responses the student's template has no place for."""
+
+    def __init__(self) -> None:
+        self.refusals, self.thoughts = Counter[str](), 0
+
+    def add(self, result: dict[str, Any]) -> None:
+        self.refusals.update(result["refusals"])
+        self.thoughts += result["thoughts"]
+
+    def lines(self, name: str, student: Student) -> Iterator[str]:
+        for reason, count in self.refusals.most_common(SHOWN_REASONS):
+            yield f"{name}: {count:,} candidates refused: {reason}"
+        if self.thoughts and not frame_of(load_tokenizer(student, "student")).takes_thoughts:
+            yield (
+                f"{name}: the thoughts of {self.thoughts:,} pairs are not trained: the student's template has no place "
+                "for them; their answers are"
+            )
