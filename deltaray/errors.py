@@ -6,7 +6,7 @@ log is and how to resume. Everything else is a bug and keeps its traceback (in t
 
 
 class UserError(Exception):
-    """The user's mistake: the message names the file, key or row, and the mend. Exit code 2."""
+    """The user's mistake: the message names the file, key or row, and what to write instead. Exit code 2."""
 
     exit_code = 2
 

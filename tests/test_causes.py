@@ -135,9 +135,32 @@ PRINTED = """\
 """
 
 
+# the same where a worker of tensor parallelism broke in a step
+BROKEN = """\
+(Worker pid=627) ERROR 11-28 19:57:11 [multiproc_executor.py:1063] WorkerProc hit an exception.
+(Worker pid=627) ERROR 11-28 19:57:11 [multiproc_executor.py:1063] Traceback (most recent call last):
+(Worker pid=627) ERROR 11-28 19:57:11 [multiproc_executor.py:1063]   File "/site/torch/_ops.py", line 1279, in __call__
+(Worker pid=627) ERROR 11-28 19:57:11 [multiproc_executor.py:1063]     return self._op(*args, **kwargs)
+(Worker pid=627) ERROR 11-28 19:57:11 [multiproc_executor.py:1063] RuntimeError: no attention for heads of 7
+(Worker pid=627) ERROR 11-28 19:57:11 [multiproc_executor.py:1063]
+(EngineCore pid=347) ERROR 11-28 19:57:11 [dump_input.py:72] Dumping input data for V1 LLM engine
+(EngineCore pid=347) ERROR 11-28 19:57:11 [core.py:1512] Traceback (most recent call last):
+(EngineCore pid=347) ERROR 11-28 19:57:11 [core.py:1512]   File "/site/vllm/v1/engine/core.py", line 1496, in run
+(EngineCore pid=347) ERROR 11-28 19:57:11 [core.py:1512]     engine_core.run_busy_loop()
+(EngineCore pid=347) ERROR 11-28 19:57:11 [core.py:1512] RuntimeError: Worker failed with error 'no attention for \
+heads of 7', please check the stack trace above for the root cause
+"""
+
+
+class EngineDeadError(Exception):
+    """As vLLM calls it."""
+
+
 def test_where_vllm_points_elsewhere_what_its_processes_printed_is_the_cause() -> None:
     pointing = RuntimeError("Engine core initialization failed. See root cause above. Failed core proc(s): {}")
     assert root_cause(pointing, PRINTED) == "OutOfMemoryError: CUDA out of memory. Tried 2 GiB"
+    dead = EngineDeadError("EngineCore encountered an issue. See stack trace (above) for the root cause.")
+    assert root_cause(dead, BROKEN) == "RuntimeError: no attention for heads of 7"
     assert root_cause(pointing, "nothing of use").startswith("RuntimeError: Engine core initialization failed")
     assert root_cause(ValueError("max_model_len is 0"), PRINTED) == "ValueError: max_model_len is 0"
 

@@ -16,6 +16,7 @@ from deltaray.plan import Item
 from deltaray.prompts import PromptRow
 from deltaray.recipe.study import Study
 from deltaray.runtime.demands import refuse_impossible
+from deltaray.runtime.failures import failure_of
 from deltaray.runtime.preflight import check_inputs, prompt_source
 from deltaray.runtime.session import Capacity, logs_of_ray, start_ray, stop_ray
 from deltaray.runtime.terminal import Terminal
@@ -79,10 +80,7 @@ def _measured(study: Study, store: Store, sample: list[PromptRow], prompts: int,
         import traceback
 
         traceback.print_exc()  # descriptor 2 is the log here
-        reason = str(error).strip().splitlines() or ["no message"]
-        raise StageError(
-            f"calibrate failed: {type(error).__name__}: {reason[-1]}\nthe log is {terminal.log}"
-        ) from error
+        raise failure_of("calibrate", error, terminal.log) from error
     finally:
         _remove(store)
     return _calibration(study, found, prompts, capacity, session)

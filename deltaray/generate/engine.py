@@ -96,6 +96,7 @@ class _Stepper:
             from vllm.engine.arg_utils import EngineArgs
             from vllm.exceptions import VLLMClientError
             from vllm.usage.usage_lib import UsageContext
+            from vllm.v1.engine.exceptions import EngineDeadError
             from vllm.v1.engine.llm_engine import LLMEngine
 
         # LLM_CLASS: vLLM's larger batch defaults for offline work.
@@ -113,6 +114,7 @@ class _Stepper:
         self.waiting: collections.deque[_Job] = collections.deque()
         self.running: dict[str, tuple[_Job, int, int]] = {}  # request id -> unit, prompt, place in samples
         self.names = itertools.count()
+        self.dead = EngineDeadError
         self.refusals = (VLLMClientError, ValueError, TypeError)  # raised for requests that vLLM will not take
 
     @classmethod
@@ -205,14 +207,12 @@ class _Stepper:
 
     def request(self, job: _Job, prompt: int, place: int, parameters: Any) -> None:
         """Asks for one answer; a prompt that vLLM refuses (too long, empty, unknown token) is answered at once."""
-        from vllm.v1.engine.exceptions import EngineDeadError
-
         name = str(next(self.names))
         ids = [int(token) for token in job.unit["token_ids"][prompt]]
         try:
             self.engine.add_request(name, {"prompt_token_ids": ids}, parameters, lora_request=job.adapter)
             self.running[name] = (job, prompt, place)
-        except EngineDeadError:
+        except self.dead:
             raise
         except BaseException as error:
             refused = isinstance(error, self.refusals) and str(error)

@@ -7,6 +7,7 @@ error column that is null throughout one block, token lists that happen to be eq
 
 import math
 import pickle
+import re
 import sys
 import uuid
 import warnings
@@ -29,6 +30,8 @@ TASK_CPUS = 0.25  # what a load or write task reserves in Ray
 ENGINE_RETRIES = 3  # how often a unit is repeated after its engine died; then the stream fails, not for ever
 QUEUE = 2  # units handed to a replica of a pool that can grow, as a multiple of those it runs at once
 DIED = "fix that (memory, engine settings, the model's files), then run the same command again to resume"
+DEATHS = re.compile(r"(?:Actor(?:Died|Unavailable)|RayActor|WorkerCrashed|NodeDied|LocalRayletDied|OutOfMemory)Error\b")
+"""What Ray says of a process that is gone."""
 WORDLESS = "out of memory (the kernel or Ray then ends it), a crash inside a library, or a lost node"
 MOST_IN_FLIGHT = 16  # units in one engine at once: each is a thread of the actor and a unit in its memory
 
@@ -137,15 +140,16 @@ def stream_units(
     try:
         yield from persistent(units, partial(_stream, key, spec, load, write, units_in_flight))
     except Exception as error:
-        if told_in(error) is not None or is_told(error):
+        words = None if told_in(error) is not None or is_told(error) else lastwords.left(key)
+        if words is None and not DEATHS.match(cause_of(error)):
             raise
-        raise _died(_label(units), lastwords.left(key), error) from error
+        raise _died(_label(units), words, error) from error
     finally:
         lastwords.forget(key)
 
 
 def _died(label: str, words: tuple[str, str] | None, error: Exception) -> StageError:
-    """What is said of a replica whose process is gone; all its words are behind it, for the log."""
+    """What is said of a replica whose process is gone; all that it had to say goes to the log."""
     if words is None:
         return StageError(f"a process of the {label} died without a word: {cause_of(error)}\n{WORDLESS}\n{DIED}")
     cause, everything = words

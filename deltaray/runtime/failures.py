@@ -15,7 +15,7 @@ OURS = {f"{kind.__module__}.{kind.__qualname__}": kind for kind in (StageError, 
 
 WRAPPER = re.compile(r"ray\.|(?:\w+\.)*(?:RayTaskError|(?:Base)?ExceptionGroup|EngineDeadError)\b")
 """Names of exceptions that say no more than that something failed elsewhere."""
-POINTER = re.compile(r"see (?:the )?(?:root cause|stack ?trace|logs?|error|above)|background process", re.IGNORECASE)
+POINTER = re.compile(r"(?:see|check) (?:the )?(?:root cause|stack ?trace|logs?|error|above)|background process", re.I)
 """Messages that send the reader elsewhere."""
 AFTERMATH = re.compile(r"(?:\w+\.)*(?:BrokenPipe|ConnectionReset|EOF|Cancelled)Error\b|SystemExit|KeyboardInterrupt")
 """What other processes raise because one has died."""
@@ -32,12 +32,13 @@ _FRAME = re.compile(r'^\s+File "?(?P<file>[^"]+?)"?, line (?P<line>\d+)')
 _RAISED = re.compile(r"^(?P<name>[A-Za-z_][\w.<>]*(?:\([\w.]*\))?)(?:: ?(?P<message>.*))?$")
 _BORDER = re.compile(r"^ *\+[-+]+(?: \d+ -+)?$", re.MULTILINE)
 """Between the members of an exception group."""
-_DECORATION = re.compile(
-    r"\x1b\[[0-9;]*m|^ *(?:\| ?|\+ (?=Exception Group))|^\([\w .-]+ pid=\d+(?:, ip=[\d.]+)?\) "
-    r"|^(?:ERROR|WARNING|INFO|CRITICAL) \d\d-\d\d \d\d:\d\d:\d\d \[[^\]]*\] ?",
-    re.MULTILINE,
+_DECORATION = re.compile(r"\x1b\[[0-9;]*m|^ *(?:\| ?|\+ (?=Exception Group))", re.MULTILINE)
+"""Colours and the edge of exception groups."""
+_PREFIX = re.compile(
+    r"(?:\([\w .-]+ pid=\d+(?:, ip=[\d.]+)?\) )?"
+    r"(?:(?:ERROR|WARNING|INFO|CRITICAL) \d\d-\d\d \d\d:\d\d:\d\d \[[^\]]*\] ?)?"
 )
-"""Colours, the edge of exception groups, and what vLLM's processes put before their lines."""
+"""What vLLM's processes put before their lines."""
 
 LINES, WIDTH = 5, 500
 """Lines of a message that are shown, and characters of each."""
@@ -178,30 +179,38 @@ def _short(file: str, line: int | str) -> str:
 
 def _parsed(text: str) -> Iterator[Raised]:
     """The exceptions in the text of tracebacks: each is the first line after frames that is not indented."""
-    for _ in range(2):  # vLLM's processes put two things before a line
-        text = _DECORATION.sub("", text)
-    lines = _BORDER.sub("Traceback (most recent call last)", text).splitlines()
+    lines = list(
+        map(_divided, _BORDER.sub("Traceback (most recent call last)", _DECORATION.sub("", text)).splitlines())
+    )
     framed, place, at = False, "", 0
     while at < len(lines):
-        line = lines[at]
+        prefix, line = lines[at]
         at += 1
         if frame := _FRAME.match(line):
             framed, place = True, _short(frame["file"], frame["line"])
         elif _HEADER.match(line):
             framed, place = True, ""
         elif framed and line[:1].strip() and (raised := _RAISED.match(line)):
-            message, at = _message(lines, at, raised["message"] or "")
+            end = _end(lines, at, prefix)
+            message = "\n".join([raised["message"] or "", *(line for _, line in lines[at:end])]).strip()
             yield Raised(raised["name"], message, place)
-            framed = False
+            framed, at = False, end
 
 
-def _message(lines: list[str], at: int, first: str) -> tuple[str, int]:
-    """(a message that begins with `first`, where the lines after it begin)."""
-    message = [first]
-    while at < len(lines) and lines[at].strip() not in LINKS and not _HEADER.match(lines[at]):
-        message.append(lines[at])
+def _divided(line: str) -> tuple[str, str]:
+    """(what its process has put before it, the line)."""
+    prefix = _PREFIX.match(line)
+    return (prefix[0], line[prefix.end() :]) if prefix else ("", line)
+
+
+def _end(lines: list[tuple[str, str]], at: int, prefix: str) -> int:
+    """Where the message ends that goes on at `at`."""
+    while at < len(lines):
+        before, line = lines[at]
+        if line.strip() in LINKS or _HEADER.match(line) or before != prefix:
+            break
         at += 1
-    return "\n".join(message).strip(), at
+    return at
 
 
 def _last_line(text: str) -> str:

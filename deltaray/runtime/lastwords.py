@@ -11,7 +11,7 @@ from pathlib import Path
 from deltaray.runtime.failures import WRAPPER, cause_of, is_told, raised_in, telling
 
 NAMESPACE = b"deltaray"
-TAIL = 24 << 10
+TAIL = 48 << 10
 """Bytes of the end of what the process and its children have printed."""
 STARTS = 5
 """Starts of one actor without a single unit answered; then it is not started again."""
@@ -101,9 +101,13 @@ def _delete(key: str) -> None:
 
 
 def _printed() -> str:
-    """The end of the file that this process's standard error goes to; its children write there, too."""
+    """The end of what this process and its children have printed, where that goes to files."""
+    return "\n".join(map(_end_of, (1, 2)))
+
+
+def _end_of(descriptor: int) -> str:
     with suppress(OSError):
-        file = Path("/proc/self/fd/2").readlink()
+        file = Path(f"/proc/self/fd/{descriptor}").readlink()
         if file.is_file():
             with file.open("rb") as source:
                 source.seek(max(0, file.stat().st_size - TAIL))
