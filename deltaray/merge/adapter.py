@@ -31,8 +31,8 @@ REFUSED: Mapping[str, str] = {
     "lora_bias": "biases are no part of a product B A; train with lora_bias=False",
     "modules_to_save": "fully trained modules are no LoRA; give them LoRA through target_modules instead",
     "trainable_token_indices": "trained token embeddings are no LoRA; train without them",
-    "target_parameters": "LoRA on parameters (fused experts) is not one product per matrix; train with the layers of the "
-    "attention as targets (target_modules: [q_proj, k_proj, v_proj, o_proj])",
+    "target_parameters": "LoRA on parameters (fused experts) is not one product per matrix; train with the attention's "
+    "layers as targets (target_modules: [q_proj, k_proj, v_proj, o_proj])",
     "layer_replication": "replicated layers share weights of the base; train without layer_replication",
     "alora_invocation_tokens": "an activated LoRA depends on the prompt; train without it",
     "use_qalora": "QALoRA pools its inputs; train with use_qalora=False",

@@ -70,8 +70,8 @@ def refuse_unfit(base: Base, adapter: Adapter) -> dict[str, str]:
     found, lost = match_names(adapter.modules, weights)
     if lost := lost + shared(found):
         raise UserError(
-            f"{base.folder}: has no {lost[0]}.weight{and_others(lost)}, which the adapters change; give their base with "
-            "--base MODEL"
+            f"{base.folder}: has no {lost[0]}.weight{and_others(lost)}, which the adapters change; give their base "
+            "with --base MODEL"
         )
     tied = _ties(base)
     for module, name in found.items():

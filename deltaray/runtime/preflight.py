@@ -1,10 +1,8 @@
 """Everything that can be refused before a process is started or a file is written."""
 
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
-from deltaray.chat import load_tokenizer
 from deltaray.errors import UserError
 from deltaray.evaluate.check import check_answers, check_harness, check_search
 from deltaray.evaluate.harness import harness_definition
@@ -15,15 +13,12 @@ from deltaray.prompts.preferences import check_preferences
 from deltaray.prompts.read import read_prompts
 from deltaray.prompts.view import View
 from deltaray.recipe.evaluation import Task
-from deltaray.recipe.models import Model, Teacher
+from deltaray.recipe.models import Model
 from deltaray.recipe.scorers import Judge, RewardModel, Scorer, scorer_part
 from deltaray.recipe.study import Study, base_name
+from deltaray.runtime.check_models import check_model, is_served
 from deltaray.search.retrievers import search_identity
 from deltaray.store import Store
-
-HUB_TIMEOUT = 20.0
-"""Seconds."""
-SAFE_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
 
 def check_inputs(study: Study, store: Store) -> None:
@@ -37,8 +32,7 @@ def check_inputs(study: Study, store: Store) -> None:
     check_harness(study)
     check_search(study)
     check_deltas(study)
-    for key, model in models_of(study):
-        check_model(model, key)
+    check_models(study)
     if any(student.quantize for student in study.students.values()) and find_spec("bitsandbytes") is None:
         raise UserError("student.quantize: needs bitsandbytes: `pip install deltaray[qlora]`")
 
@@ -76,10 +70,28 @@ def check_local_inputs(study: Study, store: Store) -> int | None:
     check_tasks(study, store, on_hub=False)
     check_harness(study)
     check_search(study)
-    for key, model in models_of(study):
-        if model.is_local or _is_served(model):
-            check_model(model, key)
+    check_models(study, on_hub=False)
     return prompts
+
+
+def check_models(study: Study, on_hub: bool = True) -> None:
+    """All models of a study; `on_hub`: also those that are on a hub.
+
+    Raises:
+        UserError: the first mistake of every model, each with its key.
+    """
+    saved = {run.student for run in study.runs.values() if run.settings.lora is None}
+    saved |= set(study.students) if study.recipe.exploration is not None else set()
+    names = {id(student): name for name, student in study.students.items()}
+    wrong: list[str] = []
+    for key, model in models_of(study):
+        if on_hub or model.is_local or is_served(model):
+            try:
+                check_model(model, key, names.get(id(model)) in saved)
+            except UserError as error:
+                wrong.append(str(error))
+    if wrong:
+        raise UserError("\n".join(dict.fromkeys(wrong)))
 
 
 def prompt_source(study: Study) -> PromptSource:
@@ -137,68 +149,6 @@ def check_tasks(study: Study, store: Store, on_hub: bool = True) -> None:
         raise UserError(
             f"evaluation.selection.{prompts['selection'][first]}: shares {len(shared)} prompts with evaluation.tasks."
             f"{prompts['tasks'][first]}; choose the grid's best on prompts that are not reported"
-        )
-
-
-def check_model(model: Model, key: str) -> None:
-    """The model's folder is there and its tokenizer has a chat template; or a server has it, and its key is there."""
-    if isinstance(model, Teacher) and model.endpoint is not None:
-        from deltaray.generate.endpoint import check_endpoint
-
-        return check_endpoint(model.endpoint, f"{key}.endpoint")
-    if model.is_local and not Path(model.model).is_dir():
-        raise UserError(
-            f"{key}.model: there is no folder {model.model}; give a Hugging Face model folder or a hub id (owner/name)"
-        )
-    if model.is_local and not (Path(model.model) / "config.json").is_file():
-        raise UserError(f"{key}.model: {model.model} holds no config.json; give a Hugging Face model folder")
-    if model.is_local and not any(Path(model.model).glob("*.safetensors")) and not _own_format(model):
-        raise UserError(
-            f"{key}.model: {model.model} holds no *.safetensors; pickled weights can run code and are not loaded: save "
-            "the model as safetensors"
-        )
-    if isinstance(model, Teacher) and model.adapter is not None:
-        _check_adapter(Path(model.adapter), f"{key}.adapter")
-    if not model.is_local:
-        _find_on_hub(model, key)
-    load_tokenizer(model, key)
-
-
-def _own_format(model: Model) -> bool:
-    """Whether the recipe tells vLLM by itself how to read the weights."""
-    return isinstance(model, Teacher) and "load_format" in model.engine.arguments
-
-
-def _is_served(model: Model) -> bool:
-    return isinstance(model, Teacher) and model.endpoint is not None
-
-
-def _check_adapter(folder: Path, key: str) -> None:
-    if not (folder / "adapter_config.json").is_file():
-        raise UserError(f"{key}: {folder} holds no adapter_config.json; give a folder that PEFT has saved")
-    if not (folder / "adapter_model.safetensors").is_file():
-        raise UserError(f"{key}: {folder} holds no adapter_model.safetensors; save the adapter as safetensors")
-
-
-def _find_on_hub(model: Model, key: str) -> None:
-    """One quick question, where loading would retry for most of a minute; what is in the local cache needs none."""
-    from huggingface_hub import HfApi, try_to_load_from_cache
-
-    cached = (try_to_load_from_cache(model.model, name, revision=model.revision) for name in SAFE_WEIGHTS)
-    if any(isinstance(path, str) for path in cached):
-        return
-    try:
-        found = HfApi().model_info(model.model, revision=model.revision, timeout=HUB_TIMEOUT)
-    except Exception as error:  # the hub's and the network's errors are many; all mean that it cannot be had here
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"{key}.model: there is no folder {model.model} here, and the hub does not give it: {reason}; correct the "
-            "path or the id, or log in"
-        ) from None
-    if not any(file.rfilename.endswith(".safetensors") for file in found.siblings or []) and not _own_format(model):
-        raise UserError(
-            f"{key}.model: {model.model} has no *.safetensors on the hub; pickled weights can run code and are not "
-            "loaded: choose a revision or a copy with safetensors"
         )
 
 

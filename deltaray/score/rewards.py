@@ -14,6 +14,7 @@ from deltaray.score.files import Asked, Key, Unit, read_slices, write_scores
 from deltaray.score.registry import section_of
 from deltaray.score.response import Score
 from deltaray.store import Store
+from deltaray.weights.fit import SCORING, misfit
 
 
 def reward_files(store: Store, units: list[Unit], capacity: Capacity) -> Iterator[dict[str, Any]]:
@@ -50,9 +51,13 @@ class RewardWorker:
         options = {"dtype": getattr(torch, spec.dtype), "trust_remote_code": spec.trust_remote_code}
         options["use_safetensors"] = True
         try:
-            model = AutoModelForSequenceClassification.from_pretrained(spec.model, revision=spec.revision, **options)
+            model, info = AutoModelForSequenceClassification.from_pretrained(
+                spec.model, revision=spec.revision, output_loading_info=True, **options
+            )
         except (OSError, ValueError) as error:
             raise UserError(f"{key}.model: {spec.model!r} is no sequence classifier: {error}") from None
+        if wrong := misfit(info, SCORING):
+            raise UserError(f"{key}.model: {spec.model}: {wrong}")
         if model.config.num_labels != 1:
             raise UserError(
                 f"{key}.model: {spec.model!r} gives {model.config.num_labels} numbers; name one that gives one"

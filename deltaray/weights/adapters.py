@@ -66,9 +66,9 @@ def _modules(tensors: Mapping[str, Held], where: str, rows: int | None) -> dict[
 
 
 def _stranger(key: str, tensor: Held, rows: int | None) -> str:
-    if rows is not None and key.endswith(("embed_tokens.weight", "lm_head.weight", "base_layer.weight")):
-        if tensor.shape[0] != rows:
-            return f"{key} has {tensor.shape[0]:,} rows and the model's embedding {rows:,}: its vocabulary was resized"
+    whole = key.endswith(("embed_tokens.weight", "lm_head.weight", "base_layer.weight"))
+    if whole and rows is not None and tensor.shape[0] != rows:
+        return f"{key} has {tensor.shape[0]:,} rows and the model's embedding {rows:,}: its vocabulary was resized"
     return f"{key} is no LoRA factor, and vLLM serves nothing else"
 
 
@@ -102,7 +102,8 @@ def _refuse_holes(modules: Mapping[str, Any], config: Mapping[str, Any], where: 
     targets = config.get("target_modules")
     if not isinstance(targets, list) or any(config.get(key) for key in NARROWING):
         return
-    named = [name for name, _ in _matrices(skeleton) if name in targets or name.endswith(tuple(f".{it}" for it in targets))]
+    ends = tuple(f".{target}" for target in targets)
+    named = [name for name, _ in _matrices(skeleton) if name in targets or name.endswith(ends)]
     lacking = [name for name in named if name not in modules]
     if lacking and set(modules) <= set(named):
         raise UserError(f"{where}: no weights for {lacking[0]}{and_others(lacking)}; save the adapter again")

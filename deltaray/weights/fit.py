@@ -7,10 +7,9 @@ the same rules as when the weights are loaded.
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
-
-import torch
 
 from deltaray.errors import StageError
 from deltaray.recipe.models import Model
@@ -44,6 +43,7 @@ def build(model: Model, kind: str = CAUSAL, config: Any = None) -> Any:
         OSError, ValueError: transformers knows no model of this kind for the configuration.
         Exception: what the architecture raises for a configuration that is wrong in itself.
     """
+    import torch
     import transformers
     from transformers import initialization
 
@@ -54,17 +54,36 @@ def build(model: Model, kind: str = CAUSAL, config: Any = None) -> Any:
 
 def loading_info(skeleton: Any, held: Mapping[str, Held]) -> dict[str, Any]:
     """What transformers would say after loading these tensors: `missing_keys`, `unexpected_keys`, `mismatched_keys`."""
+    import torch
+
     state = {name: torch.empty(it.shape, dtype=torch.bfloat16, device="meta") for name, it in held.items()}
-    _, info = type(skeleton).from_pretrained(
-        None,
-        config=skeleton.config,
-        state_dict=state,
-        dtype=torch.bfloat16,
-        device_map={"": "meta"},
-        ignore_mismatched_sizes=True,
-        output_loading_info=True,
-    )
+    with quiet():
+        _, info = type(skeleton).from_pretrained(
+            None,
+            config=skeleton.config,
+            state_dict=state,
+            dtype=torch.bfloat16,
+            device_map={"": "meta"},
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
     return dict(info)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' reports and progress bars about a model that is only tried."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def misfit(info: Mapping[str, Any], kind: str = CAUSAL, unexpected: bool = True) -> str | None:
@@ -78,8 +97,8 @@ def misfit(info: Mapping[str, Any], kind: str = CAUSAL, unexpected: bool = True)
     if missing := sorted(info["missing_keys"]):
         near = sorted(info["unexpected_keys"], key=lambda name: -_likeness(name, missing[0]))
         instead = (
-            f"; the files hold {near[0]}{and_others(near)}, which this model has no place for: rename what is the same, "
-            "or name the right model"
+            f"; the files hold {near[0]}{and_others(near)}, which this model has no place for: rename what is the "
+            "same, or name the right model"
             if near
             else "; name a model whose files are whole"
         )

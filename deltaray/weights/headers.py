@@ -92,7 +92,7 @@ def _indexed(index: Path) -> dict[str, Held]:
     lacking = sorted({file for file in places.values() if not (index.parent / file).is_file()})
     if lacking:
         raise UserError(f"{index}: names {lacking[0]}{and_others(lacking)}, which is not there; fetch it")
-    held = {}
+    held: dict[str, Held] = {}
     for file in sorted(set(places.values())):
         held |= tensors_of_file(index.parent / file)
     absent = [name for name, file in places.items() if name not in held or held[name].file.name != file]
