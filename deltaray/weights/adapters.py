@@ -73,13 +73,12 @@ def _stranger(key: str, tensor: Held, rows: int | None) -> str:
 
 
 def _refuse_strangers(modules: Mapping[str, Any], where: str, skeleton: Any, held: Mapping[str, Held]) -> None:
-    known = {name.removesuffix(".weight") for name in held}
-    if skeleton is not None:
-        known |= {name for name, _ in skeleton.named_modules()}
-    lost = [name for name in modules if name.removesuffix(".base_layer") not in known]
+    files = {name.removesuffix(".weight") for name in held}
+    own = files if skeleton is None else {name for name, _ in skeleton.named_modules()}
+    lost = [name for name in modules if name.removesuffix(".base_layer") not in own | files]
     if not lost:
         return
-    near, _ = match_names(lost, known)
+    near, _ = match_names(lost, own)
     other = f", which it calls {near[lost[0]]}: the adapter is of another wrapper of it" if lost[0] in near else ""
     how = MERGE_IT if other else "name the model that the adapter was trained on"
     raise UserError(f"{where}: the model has no {lost[0]}{and_others(lost)}{other}; {how}")

@@ -95,7 +95,8 @@ def misfit(info: Mapping[str, Any], kind: str = CAUSAL, unexpected: bool = True)
     """
     strange = [name for name in sorted(info["unexpected_keys"]) if not re.search(UNUSED.get(kind, "$^"), name)]
     if missing := sorted(info["missing_keys"]):
-        near = sorted(info["unexpected_keys"], key=lambda name: -_likeness(name, missing[0]))
+        near = strange or sorted(info["unexpected_keys"])
+        near.sort(key=lambda name: -_likeness(name, missing[0]))
         instead = (
             f"; the files hold {near[0]}{and_others(near)}, which this model has no place for: rename what is the "
             "same, or name the right model"
