@@ -14,7 +14,7 @@ from model_folders import change, configure, put, rename, save_reward, save_visi
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save
 from tiny_model import make_model, make_tokenizer, save_tiny
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from deltaray.errors import StageError, UserError
 from deltaray.generate.identity import add_sampled, fingerprint
@@ -190,6 +190,16 @@ def test_lengths_beyond_the_positions(folder: Path) -> None:
     assert "key.engine.max_model_len: 300 tokens, but  has positions for 256" in told
 
 
+def test_a_table_of_positions_ends_also_for_the_default_length(tmp_path: Path) -> None:
+    config = AutoConfig.for_model(
+        "gpt2", n_positions=100, n_embd=32, n_layer=1, n_head=2, vocab_size=64, eos_token_id=1
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    assert "key.max_length: 2,048 tokens, but  has positions for 100" in refusal(tmp_path)
+    check_model(Student(model=str(tmp_path), max_length=100), "key")
+
+
 @pytest.mark.parametrize(
     ("kind", "settings", "limit"),
     [
@@ -217,6 +227,10 @@ def test_tokens_beyond_the_embedding(folder: Path) -> None:
     tokenizer.add_special_tokens({"pad_token": "<padding>"})  # the first without a row; no text becomes it
     tokenizer.save_pretrained(folder)
     check_model(Student(model=str(folder)), "key")
+    tokenizer.eos_token = "<padding>"  # now answers end with it
+    tokenizer.save_pretrained(folder)
+    assert "no row for: '<padding>' is 64;" in refusal(folder)
+    tokenizer.eos_token = "<eos>"
     tokenizer.add_tokens(["<tool>", "<think>"])
     tokenizer.save_pretrained(folder)
     for kind in ("student", "teacher"):

@@ -156,12 +156,14 @@ def _skeleton(model: Model, key: str, config: Any, held: Mapping[str, Held]) -> 
 
 # --- lengths and tokens -------------------------------------------------------------------------------------------
 def _check_lengths(model: Model, key: str, config: Any) -> None:
-    from deltaray.weights.fit import positions
+    from deltaray.weights.fit import is_rotary, positions
 
     limit = positions(config)
     if limit is None:
         return
-    if isinstance(model, Student | RewardModel) and "max_length" in model.model_fields_set and model.max_length > limit:
+    # Rotary positions go on beyond their limit, so only a length that was written down is taken at its word.
+    meant = "max_length" in model.model_fields_set or not is_rotary(config)
+    if isinstance(model, Student | RewardModel) and meant and model.max_length > limit:
         raise UserError(
             f"{key}.max_length: {model.max_length:,} tokens, but {model.model} has positions for {limit:,}; write "
             f"{limit} or less"
@@ -180,7 +182,10 @@ def _check_vocabulary(model: Model, key: str, config: Any, tokenizer: Any) -> No
     rows = getattr(config.get_text_config(), "vocab_size", None)
     if not isinstance(rows, int):
         return
-    beyond = {token: number for token, number in tokenizer.get_vocab().items() if number >= rows}
+    try:
+        beyond = {token: number for token, number in tokenizer.get_vocab().items() if number >= rows}
+    except NotImplementedError:  # some of own code
+        return
     for token in _naming_no_text(tokenizer):
         beyond.pop(token, None)
     if beyond:
@@ -195,11 +200,9 @@ def _check_vocabulary(model: Model, key: str, config: Any, tokenizer: Any) -> No
 def _naming_no_text(tokenizer: Any) -> set[str]:
     """Tokens that a tokenizer's configuration names as placeholders or padding."""
     named = {**getattr(tokenizer, "init_kwargs", {}), **getattr(tokenizer, "special_tokens_map", {})}
-    return {
-        str(value)
-        for name, value in named.items()
-        if name.endswith("_token") and any(part in name for part in NAMING_NO_TEXT)
-    }
+    tokens = {name: str(token) for name, token in named.items() if name.endswith("_token") and token is not None}
+    idle = {token for name, token in tokens.items() if any(part in name for part in NAMING_NO_TEXT)}
+    return idle - {tokens.get(name) for name in ("bos_token", "eos_token", "unk_token")}
 
 
 # --- what comes at the end ----------------------------------------------------------------------------------------

@@ -159,6 +159,12 @@ def positions(config: Any) -> int | None:
     return int(max([limit, *(_scaled(limit, rope) for rope in _ropes(text))]))
 
 
+def is_rotary(config: Any) -> bool:
+    """Whether positions are rotations, which longer texts go on with; otherwise they are rows of a table, which end."""
+    text = config.get_text_config()
+    return any(hasattr(text, name) for name in ("rope_parameters", "rope_scaling", "rope_theta"))
+
+
 def _ropes(text: Any) -> Iterable[Mapping[str, Any]]:
     given = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
     return [given] if "rope_type" in given else [item for item in given.values() if isinstance(item, dict)]
