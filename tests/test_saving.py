@@ -24,7 +24,8 @@ def train_and_save(source: Path, folder: Path, **settings: Any) -> Any:
     """Adds one to every weight and writes the folder as training does; returns the model."""
     student = Student.model_validate({"model": str(source), **settings})
     check_model(student, "student", saved=True)
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    trust = student.trust_remote_code
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, trust_remote_code=trust)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 1
@@ -66,6 +67,33 @@ def test_all_files_beside_the_weights_go_along(tmp_path: Path) -> None:
     assert names(tmp_path / "trained") == names(source) - {"README.md"}
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
         assert (tmp_path / "trained" / name).read_bytes() == (source / name).read_bytes()
+
+
+CODE = """from transformers import LlamaConfig, LlamaForCausalLM
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+
+class Own(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_a_student_with_code_of_its_own_loads_again(tmp_path: Path) -> None:
+    source = Path(save_tiny(tmp_path / "source"))
+    (source / "own_model.py").write_text(CODE)
+    classes = {"AutoConfig": "own_model.OwnConfig", "AutoModelForCausalLM": "own_model.Own"}
+    configure(source, model_type="own", architectures=["Own"], auto_map=classes)
+    with pytest.raises(UserError, match="trust_remote_code"):
+        check_model(Student(model=str(source)), "student")
+    train_and_save(source, tmp_path / "trained", trust_remote_code=True)
+    assert (tmp_path / "trained" / "own_model.py").read_text() == CODE
+    options = {"trust_remote_code": True, "output_loading_info": True}
+    _, info = AutoModelForCausalLM.from_pretrained(tmp_path / "trained", **options)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    change(source, put("v_head.weight", 1))
+    with pytest.raises(UserError, match=r"hold v_head\.weight, which the model has no place for"):
+        check_model(Student(model=str(source), trust_remote_code=True), "student")
 
 
 def test_the_template_that_was_trained_with_is_saved(tmp_path: Path) -> None:
@@ -129,9 +157,7 @@ def test_what_cannot_be_saved_is_refused_at_the_start(tmp_path: Path, monkeypatc
 
     monkeypatch.setattr("transformers.LlamaConfig.save_pretrained", refuse)
     check_model(Student(model=folder), "student")
-    with pytest.raises(
-        UserError, match=r"^student\.model: .* loads, but .* saved: The last layer of this kind;"
-    ):
+    with pytest.raises(UserError, match=r"^student\.model: .* loads, but .* saved: The last layer of this kind;"):
         check_model(Student(model=folder), "student", saved=True)
 
 

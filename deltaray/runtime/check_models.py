@@ -114,6 +114,11 @@ def _config(model: Model, key: str) -> Any:
     except Exception as error:  # own code raises what it likes
         if isinstance(model, Teacher):
             return None
+        if "custom code" in str(error) and not model.trust_remote_code:
+            raise UserError(
+                f"{key}.trust_remote_code: {model.model} has code of its own, which runs only if you trust it; look at "
+                "it, then write true"
+            ) from None
         raise UserError(f"{key}.model: {model.model!r} has no configuration to read: {_first(error)}") from None
     if isinstance(model, RewardModel) and config.num_labels != 1:
         raise UserError(f"{key}.model: {model.model!r} gives {config.num_labels} numbers; name one that gives one")
