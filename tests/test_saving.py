@@ -23,7 +23,7 @@ from deltaray.weights.headers import tensors_of_model
 def train_and_save(source: Path, folder: Path, **settings: Any) -> Any:
     """Adds one to every weight and writes the folder as training does; returns the model."""
     student = Student.model_validate({"model": str(source), **settings})
-    check_model(student, "student", saved=True)
+    check_model(student, "student", saved="model")
     trust = student.trust_remote_code
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, trust_remote_code=trust)
     with torch.no_grad():
@@ -130,7 +130,7 @@ def test_a_student_of_images_and_text_stays_one(tmp_path: Path, kind: str) -> No
     assert apart == {name for name in before if name.removeprefix("model.").startswith(seen) and seen}
     model, info = AutoModelForImageTextToText.from_pretrained(trained, output_loading_info=True)
     assert type(model) is type(make_vision(kind)) and not info["missing_keys"] and not info["unexpected_keys"]
-    check_model(Student(model=str(trained)), "student", saved=True)
+    check_model(Student(model=str(trained)), "student", saved="model")
 
 
 def test_a_tied_head_is_not_taken_over(tmp_path: Path) -> None:
@@ -158,7 +158,11 @@ def test_what_cannot_be_saved_is_refused_at_the_start(tmp_path: Path, monkeypatc
     monkeypatch.setattr("transformers.LlamaConfig.save_pretrained", refuse)
     check_model(Student(model=folder), "student")
     with pytest.raises(UserError, match=r"^student\.model: .* loads, but .* saved: The last layer of this kind;"):
-        check_model(Student(model=folder), "student", saved=True)
+        check_model(Student(model=folder), "student", saved="model")
+    check_model(Student(model=folder), "student", saved="adapter")
+    monkeypatch.setattr("transformers.PreTrainedTokenizerFast.save_pretrained", refuse)
+    with pytest.raises(UserError, match="could not be saved: The last layer of this kind;"):
+        check_model(Student(model=folder), "student", saved="adapter")
 
 
 def test_a_tokenizer_that_the_files_do_not_give_is_written(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@ of their weights."""
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from deltaray.chat import load_tokenizer
 from deltaray.errors import UserError
@@ -15,18 +15,20 @@ from deltaray.weights.headers import Held, tensors_of_model
 HUB_TIMEOUT = 20.0
 """Seconds."""
 SAFE_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+OVERRIDES = {"hf_overrides", "hf_config_path", "config_format", "load_format", "quantization", "model_impl"}
+"""Engine arguments that make another model of the same files."""
 NAMING_NO_TEXT = ("image", "audio", "video", "vision", "boi", "eoi", "boa", "eoa", "pad", "soft")
 """Parts of the names of a tokenizer's tokens which no text is made of: placeholders for images and sound, padding."""
 
 
-def check_model(model: Model, key: str, saved: bool = False) -> None:
+def check_model(model: Model, key: str, saved: Literal["model", "adapter"] | None = None) -> None:
     """The model's folder is there and whole, its weights fit its configuration, and its tokenizer fits both.
 
     A model behind a server is judged by the server's address and key alone.
 
     Args:
         key: the recipe's key that names the model.
-        saved: what is trained from this student will be saved as a model folder.
+        saved: what will be saved of what is trained from this student.
 
     Raises:
         UserError: the first mistake, led by the key.
@@ -51,8 +53,8 @@ def check_model(model: Model, key: str, saved: bool = False) -> None:
         from deltaray.weights.adapters import check_adapter
 
         check_adapter(Path(model.adapter), f"{key}.adapter", skeleton, held)
-    if isinstance(model, Student) and saved and skeleton is not None:
-        _check_saving(model, key, skeleton, tokenizer)
+    if isinstance(model, Student) and saved:
+        _check_saving(model, key, skeleton if saved == "model" else None, tokenizer)
 
 
 def is_served(model: Model) -> bool:
@@ -141,6 +143,8 @@ def _skeleton(model: Model, key: str, config: Any, held: Mapping[str, Held]) -> 
     from deltaray.weights.fit import CAUSAL, SCORING, build, is_quantized, loading_info, misfit
 
     kind = SCORING if isinstance(model, RewardModel) else CAUSAL
+    if isinstance(model, Teacher) and OVERRIDES & model.engine.arguments.keys():
+        return None  # vLLM is told of another model than the files say
     try:
         skeleton = build(model, kind, config)
     except Exception as error:  # own code raises what it likes, and so does a configuration that is wrong in itself
@@ -148,7 +152,7 @@ def _skeleton(model: Model, key: str, config: Any, held: Mapping[str, Held]) -> 
             return None  # vLLM may know it; own code may need more than shapes
         what = "sequence classifier" if kind == SCORING else "causal language model"
         raise UserError(f"{key}.model: {model.model!r} is no {what} that transformers knows: {_first(error)}") from None
-    if not held or is_quantized(config):
+    if not held or is_quantized(config) or _has_quantizer_file(model):
         return skeleton
     try:
         info = loading_info(skeleton, held)
@@ -157,6 +161,12 @@ def _skeleton(model: Model, key: str, config: Any, held: Mapping[str, Held]) -> 
     if wrong := misfit(info, kind, unexpected=not isinstance(model, Teacher)):  # vLLM itself refuses what is too much
         raise UserError(f"{key}.model: {model.model}: {wrong}")
     return skeleton
+
+
+def _has_quantizer_file(model: Model) -> bool:
+    """Some quantisers keep their settings in a file of their own."""
+    folder = cached_folder(model.model, model.revision)
+    return folder is not None and any(folder.glob("*quant*config.json"))
 
 
 # --- lengths and tokens -------------------------------------------------------------------------------------------
@@ -174,8 +184,9 @@ def _check_lengths(model: Model, key: str, config: Any) -> None:
             f"{limit} or less"
         )
     engine: Engine | None = getattr(model, "engine", None)
-    told = {"hf_overrides", "rope_scaling", "rope_parameters"} & set(engine.arguments if engine else ())
-    if engine and engine.max_model_len is not None and engine.max_model_len > limit and not told:
+    if engine is None or OVERRIDES & engine.arguments.keys():
+        return
+    if engine.max_model_len is not None and engine.max_model_len > limit:
         raise UserError(
             f"{key}.engine.max_model_len: {engine.max_model_len:,} tokens, but {model.model} has positions for "
             f"{limit:,}; write {limit} or less"
@@ -212,6 +223,7 @@ def _naming_no_text(tokenizer: Any) -> set[str]:
 
 # --- what comes at the end ----------------------------------------------------------------------------------------
 def _check_saving(student: Student, key: str, skeleton: Any, tokenizer: Any) -> None:
+    """`skeleton`: None where an adapter is saved, which takes nothing but the tokenizer along."""
     from deltaray.train.saving import try_writing
     from deltaray.weights.folder import fetch
 

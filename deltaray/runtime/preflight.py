@@ -1,7 +1,7 @@
 """Everything that can be refused before a process is started or a file is written."""
 
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, Literal
 
 from deltaray.errors import UserError
 from deltaray.evaluate.check import check_answers, check_harness, check_search
@@ -80,18 +80,28 @@ def check_models(study: Study, on_hub: bool = True) -> None:
     Raises:
         UserError: the first mistake of every model, each with its key.
     """
-    saved = {run.student for run in study.runs.values() if run.settings.lora is None}
-    saved |= set(study.students) if study.recipe.exploration is not None else set()
-    names = {id(student): name for name, student in study.students.items()}
+    saved = _saved(study)
     wrong: list[str] = []
     for key, model in models_of(study):
         if on_hub or model.is_local or is_served(model):
             try:
-                check_model(model, key, names.get(id(model)) in saved)
+                check_model(model, key, saved.get(id(model)))
             except UserError as error:
                 wrong.append(str(error))
     if wrong:
         raise UserError("\n".join(dict.fromkeys(wrong)))
+
+
+def _saved(study: Study) -> dict[int, Literal["model", "adapter"]]:
+    """What training saves of each student, by the student's id(): a whole model takes more along than an adapter."""
+    saved: dict[int, Literal["model", "adapter"]] = {}
+    settings = [(run.student, run.settings.lora is None) for run in study.runs.values()]
+    if tried := study.recipe.exploration:
+        whole = None in (tried.space.lora or [tried.run.lora])
+        settings += [(name, whole) for name in study.students]
+    for name, whole in sorted(settings, key=lambda item: item[1]):
+        saved[id(study.students[name])] = "model" if whole else "adapter"
+    return saved
 
 
 def prompt_source(study: Study) -> PromptSource:

@@ -49,10 +49,10 @@ class RewardWorker:
         self.tokenizer = load_tokenizer(spec, key)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         options = {"dtype": getattr(torch, spec.dtype), "trust_remote_code": spec.trust_remote_code}
-        options["use_safetensors"] = True
+        options |= {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
         try:
             model, info = AutoModelForSequenceClassification.from_pretrained(
-                spec.model, revision=spec.revision, output_loading_info=True, **options
+                spec.model, revision=spec.revision, **options
             )
         except (OSError, ValueError) as error:
             raise UserError(f"{key}.model: {spec.model!r} is no sequence classifier: {error}") from None

@@ -48,12 +48,17 @@ def write_student(
 def try_writing(model: Any, tokenizer: Any, student: Student, source: Path, key: str) -> None:
     """Writes all but the weights into a folder that is thrown away.
 
+    Args:
+        model: None for an adapter's folder, which has only the tokenizer of it.
+
     Raises:
         UserError: it cannot be written, with the reason.
     """
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, quiet():
         try:
-            with quiet():
+            if model is None:
+                tokenizer.save_pretrained(folder)
+            else:
                 write_student(model, {}, tokenizer, student, source, Path(folder))
         except Exception as error:  # transformers' own checks, those of own code, and what the disk says
             told = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]

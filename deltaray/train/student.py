@@ -33,6 +33,7 @@ def load_module(student: Student, dtype: str, lora: Lora | None = None, start: s
         dtype=getattr(torch, dtype),
         quantization_config=_four_bits(dtype) if student.quantize else None,
         use_safetensors=True,
+        ignore_mismatched_sizes=True,  # they are refused below, with their names
         output_loading_info=True,
     )
     if wrong := misfit(info):
@@ -86,7 +87,10 @@ def _with_adapter(model: Any, lora: Lora, start: str | None) -> Any:
     except ValueError as error:
         raise StageError(f"lora.targets: {str(error).splitlines()[0]}") from None
     if start is not None:
-        loaded = set_peft_model_state_dict(adapted, load_peft_weights(start, device="cpu"))
+        try:
+            loaded = set_peft_model_state_dict(adapted, load_peft_weights(start, device="cpu"))
+        except RuntimeError as error:  # another shape; the first line names the class alone
+            raise StageError(f"{start}: {' '.join(str(error).split())}") from None
         if wrong := _misplaced(loaded):
             raise StageError(f"{start}: {wrong}; it is no adapter with these settings of this student")
     return adapted
