@@ -272,7 +272,6 @@ def test_an_adapter_of_a_wrapper_lands_in_the_language_model_alone(tmp_path):
     "modules",
     [
         {"model.visual.blocks.0.attn.proj": (64, 64), Q: (64, 64)},
-        {Q: (64, 64), Q.replace("model.", "language_model.model."): (64, 64)},  # two for one
     ],
 )
 def test_what_has_no_place_in_the_base_is_told(tmp_path, modules):
@@ -280,6 +279,15 @@ def test_what_has_no_place_in_the_base_is_told(tmp_path, modules):
     with pytest.raises(UserError, match=r"has no .*, which the adapters change; give their base"):
         merge([adapter_of(tmp_path / "a", modules)], tmp_path / "model", base=str(tmp_path / "base"), into_base=True)
     assert not (tmp_path / "model").exists()
+
+
+def test_adapters_of_two_wrappers_are_not_averaged_with_nothing(tmp_path):
+    names = (Q, Q.replace("model.", "model.language_model."))
+    sources = [adapter_of(tmp_path / str(number), {name: (64, 64)}) for number, name in enumerate(names)]
+    with pytest.raises(
+        UserError, match=r"q_proj: .*0 calls it model\.layers\.0\.self_attn\.q_proj: one was trained on"
+    ):
+        merge(sources, tmp_path / "out")
 
 
 def adapter_of(folder, modules):

@@ -220,6 +220,8 @@ def test_a_table_of_positions_ends_also_for_the_default_length(tmp_path: Path) -
         ("gpt2", {"n_positions": 77}, 77),
         ("bloom", {}, None),
         ("mamba", {}, None),
+        ("deberta-v2", {"relative_attention": True, "position_biased_input": False}, None),
+        ("bert", {"max_position_embeddings": 90}, 90),
         ("gemma3", {"text_config": {"max_position_embeddings": 55}}, 55),
     ],
 )  # fmt: skip

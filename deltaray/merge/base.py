@@ -15,7 +15,7 @@ from deltaray.merge.adapter import WEIGHTS, Adapter
 from deltaray.merge.write import TensorFile
 from deltaray.weights.folder import INDEX, copy_beside, fetch, refuse_pointers
 from deltaray.weights.headers import and_others, tensors_of_model
-from deltaray.weights.names import match_names, shared
+from deltaray.weights.names import match_names
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def refuse_unfit(base: Base, adapter: Adapter) -> dict[str, str]:
     """
     weights = [key.removesuffix(".weight") for key in base.places if key.endswith(".weight")]
     found, lost = match_names(adapter.modules, weights)
-    if lost := lost + shared(found):
+    if lost:
         raise UserError(
             f"{base.folder}: has no {lost[0]}.weight{and_others(lost)}, which the adapters change; give their base "
             "with --base MODEL"

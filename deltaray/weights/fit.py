@@ -154,7 +154,8 @@ def positions(config: Any) -> int | None:
     text = config.get_text_config()
     names = ("max_position_embeddings", "n_positions", "max_sequence_length")
     limit = next((value for name in names if isinstance(value := getattr(text, name, None), int)), None)
-    if limit is None or limit <= 0 or getattr(text, "alibi", False):
+    relative = getattr(text, "relative_attention", False) and not getattr(text, "position_biased_input", True)
+    if limit is None or limit <= 0 or relative or getattr(text, "alibi", False):
         return None
     return int(max([limit, *(_scaled(limit, rope) for rope in _ropes(text))]))
 

@@ -5,7 +5,7 @@ its files often `language_model.model.layers.0.mlp.down_proj`.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 WRAPPERS = re.compile(r"^(?:(?:model|transformer|language_model|text_model|llm)\.)+")
 """What may stand before the layers of the language model. Towers for images and sound keep their names."""
@@ -34,11 +34,3 @@ def match_names(wanted: Iterable[str], there: Iterable[str]) -> tuple[dict[str, 
         else:
             lost.append(name)
     return found, lost
-
-
-def shared(found: Mapping[str, str]) -> list[str]:
-    """Names that were found where another one was found, too."""
-    places: dict[str, list[str]] = {}
-    for name, place in found.items():
-        places.setdefault(place, []).append(name)
-    return [name for names in places.values() if len(names) > 1 for name in names]
