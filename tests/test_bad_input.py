@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from model_folders import change, configure, rename
 from ruamel.yaml import YAML
 from tiny_model import save_tiny
 
@@ -106,7 +107,7 @@ def test_a_teacher_that_does_not_exist(recipe: dict[str, Any], refused: Any, tmp
     recipe["teachers"]["weak"]["model"] = str(tmp_path / "nobody")
     assert "teachers.weak.model: there is no folder /nobody" in refused()
     recipe["teachers"]["weak"]["model"] = "models/nobody"  # may be a hub id
-    assert "teachers.weak.model: there is no folder models/nobody here, and the hub does not give it" in refused()
+    assert "teachers.weak.model: there is no folder models/nobody here, and it could not be fetched from the Hub" in refused()
     recipe["teachers"]["weak"]["model"] = str(tmp_path / "nobody")
     (tmp_path / "nobody").mkdir()
     assert "teachers.weak.model: /nobody holds no config.json" in refused()
@@ -119,6 +120,28 @@ def test_an_adapter_that_cannot_be_served(recipe: dict[str, Any], refused: Any, 
     (tmp_path / "lora" / "adapter_config.json").write_text("{}")
     (tmp_path / "lora" / "adapter_model.bin").write_bytes(b"a pickle")
     assert "teachers.weak.adapter: /lora holds no adapter_model.safetensors" in refused()
+
+
+@pytest.mark.parametrize("verb", ["run", "plan", "train"])
+def test_the_mistakes_of_all_models_come_at_once(
+    recipe: dict[str, Any], refused: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str], verb: str
+) -> None:
+    for number, name in enumerate(("cut", "renamed", "headless", "fine")):
+        save_tiny(tmp_path / name, number)
+    weights = tmp_path / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    change(tmp_path / "renamed", rename("model.norm.weight", "model.last_norm.weight"))
+    recipe["teachers"]["weak"]["model"] = str(tmp_path / "cut")
+    recipe["student"] |= {"model": str(tmp_path / "renamed")}
+    recipe["teachers"]["weaker"] |= {"model": str(tmp_path / "fine"), "engine": {"max_model_len": 5000}}
+    recipe["scorers"] = {"reward": {"kind": "reward_model", "model": str(tmp_path / "headless")}}
+    configure(tmp_path / "headless", id2label={"0": "reward"}, label2id={"reward": 0})
+    capfd.readouterr()
+    message = refused(verb=verb)
+    assert "teachers.weak.model: /cut/model.safetensors: is cut short" in message
+    assert "teachers.weaker.engine.max_model_len: 5,000 tokens, but /fine has positions for 256" in message
+    assert "scorers.reward.model: /headless: no weights for score.weight" in message
+    assert "student.model: /renamed: no weights for model.norm.weight" in message
 
 
 @pytest.mark.parametrize("verb", ["run", "plan"])

@@ -10,14 +10,10 @@ from typing import Any
 
 from deltaray.recipe.models import Model, Teacher
 from deltaray.tokenizer import CLOCK
+from deltaray.weights.folder import answering_files
 
 SAMPLED_BYTES = 1 << 20
 """How much of a file's beginning and end goes into a fingerprint."""
-ANSWERING_FILES = ("config.json", "generation_config.json", "adapter_config.json", "merges.txt")
-ANSWERING_STARTS = ("tokenizer", "vocab", "special_tokens_map", "added_tokens", "chat_template", "tekken")
-ANSWERING_SUFFIXES = (".safetensors", ".jinja", ".model", ".tiktoken")
-"""Files of a model folder that decide what it answers."""
-
 INDIFFERENT_ARGUMENTS = frozenset(
     {
         "aggregate_engine_logging", "async_scheduling", "attention_backend", "block_size", "compilation_config",
@@ -87,11 +83,9 @@ def _asks_for_the_date(model: Model) -> bool:
 def fingerprint(folder: Path) -> str:
     """Tells two versions of a local model or adapter apart without reading all its weights."""
     digest = hashlib.sha256()
-    for file in sorted(folder.iterdir()):
-        if not _answers(file):
-            continue
-        digest.update(f"{file.name} ".encode())
-        add_sampled(digest, file)
+    for name in answering_files(folder):
+        digest.update(f"{name} ".encode())
+        add_sampled(digest, folder / name)
     return digest.hexdigest()[:16]
 
 
@@ -103,8 +97,3 @@ def add_sampled(digest: Any, file: Path) -> None:
         digest.update(source.read(SAMPLED_BYTES))
         source.seek(max(0, size - SAMPLED_BYTES))
         digest.update(source.read())
-
-
-def _answers(file: Path) -> bool:
-    named = file.name in ANSWERING_FILES or file.name.startswith(ANSWERING_STARTS)
-    return file.is_file() and (named or file.suffix in ANSWERING_SUFFIXES)

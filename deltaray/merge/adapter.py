@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from deltaray.errors import UserError
 from deltaray.merge.factors import Factors
+from deltaray.weights.headers import tensors_of_file
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."
@@ -30,7 +31,8 @@ REFUSED: Mapping[str, str] = {
     "lora_bias": "biases are no part of a product B A; train with lora_bias=False",
     "modules_to_save": "fully trained modules are no LoRA; give them LoRA through target_modules instead",
     "trainable_token_indices": "trained token embeddings are no LoRA; train without them",
-    "target_parameters": "LoRA on parameters (fused experts) is not one product per matrix; target modules instead",
+    "target_parameters": "LoRA on parameters (fused experts) is not one product per matrix; train with the attention's "
+    "layers as targets (target_modules: [q_proj, k_proj, v_proj, o_proj])",
     "layer_replication": "replicated layers share weights of the base; train without layer_replication",
     "alora_invocation_tokens": "an activated LoRA depends on the prompt; train without it",
     "use_qalora": "QALoRA pools its inputs; train with use_qalora=False",
@@ -121,8 +123,6 @@ class Adapter:
         where = f"{self.folder / WEIGHTS}: {keys.down}"
         if len(down) != 2 or len(up) != 2:
             raise UserError(f"{where}: shapes {down} and {up} are no matrices; only linear layers and embeddings merge")
-        if 0 in (*down, *up):
-            raise UserError(f"{where}: is empty, as ZeRO-3 leaves it; gather the parameters when saving the adapter")
         rank = _matching(self.config.get("rank_pattern"), keys.module, self.config["r"])
         if (down[0], up[1]) != (rank, rank):
             raise UserError(f"{where}: rank {down[0]} here, {up[1]} in B and {rank} in {CONFIG} must be the same")
@@ -208,10 +208,8 @@ def _open_weights(folder: Path) -> Any:
                 "you trust it and save it again (save_pretrained writes safetensors)"
             )
         raise UserError(f"{folder}: holds no {WEIGHTS}; give the folder of an adapter that PEFT has saved")
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: is damaged or no safetensors file: {error}") from None
+    tensors_of_file(path)  # whole, and nothing in it is empty
+    return safe_open(path, framework="pt")
 
 
 def _modules(path: Path, keys: list[str]) -> tuple[dict[str, Keys], list[str]]:

@@ -13,10 +13,9 @@ from safetensors import safe_open
 from deltaray.errors import UserError
 from deltaray.merge.adapter import WEIGHTS, Adapter
 from deltaray.merge.write import TensorFile
-
-INDEX = "model.safetensors.index.json"
-BESIDE = (".json", ".jinja", ".model", ".txt")
-"""Endings of what a model folder holds beside its weights: configuration, tokenizer, templates."""
+from deltaray.weights.folder import INDEX, copy_beside, fetch, refuse_pointers
+from deltaray.weights.headers import and_others, tensors_of_model
+from deltaray.weights.names import match_names
 
 
 @dataclass(frozen=True)
@@ -47,54 +46,48 @@ def open_base(name: str | None, revision: str | None = None) -> Base:
         raise UserError(f"{folder}: holds no readable config.json of a model: {error}") from None
     if config.get("quantization_config"):
         raise UserError(f"{folder / 'config.json'}: quantization_config: give the unquantised model with --base MODEL")
-    return Base(folder, config, _places(folder))
+    refuse_pointers(folder, "the base")
+    return Base(folder, config, {name: held.file.name for name, held in tensors_of_model(folder).items()})
 
 
 def _folder(name: str, revision: str | None) -> Path:
-    found = Path(name).expanduser()
-    if found.is_dir():
-        return found
-    from huggingface_hub import snapshot_download
-
     try:
-        wanted = ["*.safetensors", *(f"*{ending}" for ending in BESIDE)]
-        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
+        return fetch(name, revision, weights=True)
     except Exception as error:  # the hub's own errors, those of the network below it, and bad names
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"the base {name} is no folder, and no hub has it: {reason}; give --base FOLDER") from None
 
 
-def _places(folder: Path) -> dict[str, str]:
-    index = folder / INDEX
-    if index.is_file():
-        return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-    if not (folder / "model.safetensors").is_file():
-        raise UserError(f"{folder}: holds no model.safetensors; save the base as safetensors")
-    with safe_open(folder / "model.safetensors", framework="pt") as file:
-        return dict.fromkeys(file.keys(), "model.safetensors")
-
-
 def refuse_unfit(base: Base, adapter: Adapter) -> dict[str, str]:
     """The module that changes each of the base's tensors, by the tensor's key.
+
+    The base may be the adapter's model inside a wrapper for images, or the other way round.
 
     Raises:
         UserError: the base has no such weight, or one that is two weights at once.
     """
-    found = {}
-    head = "lm_head.weight" in base.places and not base.config.get("tie_word_embeddings")
-    for module, keys in adapter.modules.items():
-        key = f"{module}.weight"
-        if key not in base.places:
+    weights = [key.removesuffix(".weight") for key in base.places if key.endswith(".weight")]
+    found, lost = match_names(adapter.modules, weights)
+    if lost:
+        raise UserError(
+            f"{base.folder}: has no {lost[0]}.weight{and_others(lost)}, which the adapters change; give their base "
+            "with --base MODEL"
+        )
+    tied = _ties(base)
+    for module, name in found.items():
+        if tied and (adapter.modules[module].embedding or name.split(".")[-1] == "lm_head"):
             raise UserError(
-                f"{base.folder}: has no {key}, which the adapters change; give their base with --base MODEL"
-            )
-        if not head and (keys.embedding or module == "lm_head"):
-            raise UserError(
-                f"{base.folder}: ties {key} to the output layer, an adapter changes one of them only; "
+                f"{base.folder}: ties {name}.weight to the output layer, an adapter changes one of them only; "
                 "use the merged adapter without --into-base"
             )
-        found[key] = module
-    return found
+    return {f"{name}.weight": module for module, name in found.items()}
+
+
+def _ties(base: Base) -> bool:
+    """Whether the embedding is the output layer, too."""
+    head = any(key.split(".")[-2:] == ["lm_head", "weight"] for key in base.places)
+    text = base.config.get("text_config") or {}
+    return not head or bool(base.config.get("tie_word_embeddings", text.get("tie_word_embeddings")))
 
 
 def add_to_base(base: Base, adapter: Adapter, folder: Path, progress: Callable[[int, int], None]) -> None:
@@ -116,9 +109,9 @@ def add_to_base(base: Base, adapter: Adapter, folder: Path, progress: Callable[[
                 target.add(key, weight)
                 done += 1
                 progress(done, len(base.places))
-    for path in base.folder.iterdir():
-        if path.is_file() and path.suffix in BESIDE:
-            shutil.copy2(path, folder / path.name)
+    copy_beside(base.folder, folder)
+    if (base.folder / INDEX).is_file():
+        shutil.copyfile(base.folder / INDEX, folder / INDEX)
 
 
 def _added(weight: torch.Tensor, adapter: Adapter, module: str, flipped: bool, folder: Path) -> torch.Tensor:

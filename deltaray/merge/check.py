@@ -8,6 +8,7 @@ import torch
 
 from deltaray.errors import UserError
 from deltaray.merge.adapter import CONFIG, WEIGHTS, Adapter
+from deltaray.weights.names import inner_name
 
 NARROWING = ("layers_to_transform", "layers_pattern", "exclude_modules")
 """Keys by which target_modules names more than the adapter has."""
@@ -32,6 +33,7 @@ def refuse_strangers(adapters: Sequence[Adapter], base: str | None) -> None:
             one, another = first.config.get(key), other.config.get(key)
             if one != another and not (key == "task_type" and None in (one, another)):
                 raise UserError(f"{other.folder / CONFIG}: {key}: {another}, but {first.folder} has {one}")
+    _refuse_other_wrappers(adapters)
     _refuse_shapes(adapters)
 
 
@@ -53,6 +55,19 @@ def _refuse_shapes(adapters: Sequence[Adapter]) -> None:
                     f"{adapter.folder / WEIGHTS}: {module}: updates a matrix of {shape[0]} x {shape[1]}, but that of "
                     f"{first.folder} is {first.shapes[module][0]} x {first.shapes[module][1]}; "
                     "these are adapters of different models"
+                )
+
+
+def _refuse_other_wrappers(adapters: Sequence[Adapter]) -> None:
+    """One matrix under two names would be two matrices, each changed by some of the adapters."""
+    seen: dict[str, tuple[Adapter, str]] = {}
+    for adapter in adapters:
+        for module in adapter.modules:
+            first, name = seen.setdefault(inner_name(module), (adapter, module))
+            if name != module:
+                raise UserError(
+                    f"{adapter.folder / WEIGHTS}: {module}: {first.folder} calls it {name}: one was trained on the "
+                    "language model alone, the other inside a model of images and text; train both on the same"
                 )
 
 

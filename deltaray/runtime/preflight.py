@@ -1,8 +1,7 @@
 """Everything that can be refused before a process is started or a file is written."""
 
 from importlib.util import find_spec
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from deltaray.errors import UserError
 from deltaray.evaluate.check import check_answers, check_harness, check_search
@@ -15,18 +14,15 @@ from deltaray.prompts.preferences import check_preferences
 from deltaray.prompts.read import read_prompts
 from deltaray.prompts.view import View
 from deltaray.recipe.evaluation import Task
-from deltaray.recipe.models import Model, Teacher
+from deltaray.recipe.models import Model
 from deltaray.recipe.scorers import Judge, RewardModel, Scorer, scorer_part
 from deltaray.recipe.study import Study, base_name
+from deltaray.runtime.check_models import check_model, is_served
 from deltaray.search.retrievers import search_identity
 from deltaray.store import Store
-from deltaray.tokenizer.check import check_tokenizer
 
-HUB_TIMEOUT = 20.0
-"""Seconds."""
 DATE = "date"
 """The definition that holds the day which chat templates take for today."""
-SAFE_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
 
 def check_inputs(study: Study, store: Store, say: Say = silent) -> None:
@@ -42,8 +38,7 @@ def check_inputs(study: Study, store: Store, say: Say = silent) -> None:
     check_harness(study)
     check_search(study)
     check_deltas(study)
-    for key, model in models_of(study):
-        check_model(model, key)
+    check_models(study)
     if any(student.quantize for student in study.students.values()) and find_spec("bitsandbytes") is None:
         raise UserError("student.quantize: needs bitsandbytes: `pip install deltaray[qlora]`")
 
@@ -81,10 +76,38 @@ def check_local_inputs(study: Study, store: Store, say: Say = silent) -> int | N
     check_tasks(study, store, on_hub=False, say=say)
     check_harness(study)
     check_search(study)
-    for key, model in models_of(study):
-        if model.is_local or _is_served(model):
-            check_model(model, key)
+    check_models(study, on_hub=False)
     return prompts
+
+
+def check_models(study: Study, on_hub: bool = True) -> None:
+    """All models of a study; `on_hub`: also those that are on a hub.
+
+    Raises:
+        UserError: the first mistake of every model, each with its key.
+    """
+    saved = _saved(study)
+    wrong: list[str] = []
+    for key, model in models_of(study):
+        if on_hub or model.is_local or is_served(model):
+            try:
+                check_model(model, key, saved.get(id(model)))
+            except UserError as error:
+                wrong.append(str(error))
+    if wrong:
+        raise UserError("\n".join(dict.fromkeys(wrong)))
+
+
+def _saved(study: Study) -> dict[int, Literal["model", "adapter"]]:
+    """What training saves of each student, by the student's id(): a whole model takes more along than an adapter."""
+    saved: dict[int, Literal["model", "adapter"]] = {}
+    settings = [(run.student, run.settings.lora is None) for run in study.runs.values()]
+    if tried := study.recipe.exploration:
+        whole = None in (tried.space.lora or [tried.run.lora])
+        settings += [(name, whole) for name in study.students]
+    for name, whole in sorted(settings, key=lambda item: item[1]):
+        saved[id(study.students[name])] = "model" if whole else "adapter"
+    return saved
 
 
 def prompt_source(study: Study) -> PromptSource:
@@ -142,70 +165,6 @@ def check_tasks(study: Study, store: Store, on_hub: bool = True, say: Say = sile
         raise UserError(
             f"evaluation.selection.{prompts['selection'][first]}: shares {len(shared)} prompts with evaluation.tasks."
             f"{prompts['tasks'][first]}; choose the grid's best on prompts that are not reported"
-        )
-
-
-def check_model(model: Model, key: str) -> None:
-    """The model's folder is there and its tokenizer can do its part; or a server has it, and its key is there."""
-    if isinstance(model, Teacher) and model.endpoint is not None:
-        from deltaray.generate.endpoint import check_endpoint
-
-        return check_endpoint(model.endpoint, f"{key}.endpoint")
-    if model.is_local and not Path(model.model).is_dir():
-        raise UserError(
-            f"{key}.model: there is no folder {model.model}; give a Hugging Face model folder or a hub id (owner/name)"
-        )
-    if model.is_local and not (Path(model.model) / "config.json").is_file():
-        raise UserError(f"{key}.model: {model.model} holds no config.json; give a Hugging Face model folder")
-    if model.is_local and not any(Path(model.model).glob("*.safetensors")) and not _own_format(model):
-        raise UserError(
-            f"{key}.model: {model.model} holds no *.safetensors; pickled weights can run code and are not loaded: save "
-            "the model as safetensors"
-        )
-    if isinstance(model, Teacher) and model.adapter is not None:
-        _check_adapter(Path(model.adapter), f"{key}.adapter")
-    if not model.is_local:
-        _find_on_hub(model, key)
-    check_tokenizer(model, key)
-
-
-def _own_format(model: Model) -> bool:
-    """Whether the recipe tells vLLM by itself how to read the weights."""
-    return isinstance(model, Teacher) and "load_format" in model.engine.arguments
-
-
-def _is_served(model: Model) -> bool:
-    return isinstance(model, Teacher) and model.endpoint is not None
-
-
-def _check_adapter(folder: Path, key: str) -> None:
-    if not (folder / "adapter_config.json").is_file():
-        raise UserError(f"{key}: {folder} holds no adapter_config.json; give a folder that PEFT has saved")
-    if not (folder / "adapter_model.safetensors").is_file():
-        raise UserError(f"{key}: {folder} holds no adapter_model.safetensors; save the adapter as safetensors")
-
-
-def _find_on_hub(model: Model, key: str) -> None:
-    """One quick question, where loading would retry for most of a minute; what is in the local cache needs none."""
-    from huggingface_hub import HfApi, try_to_load_from_cache
-
-    cached = (try_to_load_from_cache(model.model, name, revision=model.revision) for name in SAFE_WEIGHTS)
-    if any(isinstance(path, str) for path in cached):
-        return
-    try:
-        found = HfApi().model_info(model.model, revision=model.revision, timeout=HUB_TIMEOUT)
-    except Exception as error:  # the hub's and the network's errors are many; all mean that it cannot be had here
-        from deltaray.runtime.failures import cause_of
-
-        reason = cause_of(error).splitlines()[0]
-        raise UserError(
-            f"{key}.model: there is no folder {model.model} here, and the hub does not give it: {reason}; correct the "
-            "path or the id, or log in"
-        ) from None
-    if not any(file.rfilename.endswith(".safetensors") for file in found.siblings or []) and not _own_format(model):
-        raise UserError(
-            f"{key}.model: {model.model} has no *.safetensors on the hub; pickled weights can run code and are not "
-            "loaded: choose a revision or a copy with safetensors"
         )
 
 

@@ -16,6 +16,7 @@ from deltaray.score.registry import section_of
 from deltaray.score.response import Score, unscored
 from deltaray.store import Store
 from deltaray.tokenizer import load_tokenizer
+from deltaray.weights.fit import SCORING, misfit
 
 
 def reward_files(store: Store, units: list[Unit], capacity: Capacity) -> Iterator[dict[str, Any]]:
@@ -50,11 +51,15 @@ class RewardWorker:
         self.tokenizer = load_tokenizer(spec, key)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         options = {"dtype": getattr(torch, spec.dtype), "trust_remote_code": spec.trust_remote_code}
-        options["use_safetensors"] = True
+        options |= {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
         try:
-            model = AutoModelForSequenceClassification.from_pretrained(spec.model, revision=spec.revision, **options)
+            model, info = AutoModelForSequenceClassification.from_pretrained(
+                spec.model, revision=spec.revision, **options
+            )
         except (OSError, ValueError) as error:
             raise UserError(f"{key}.model: {spec.model!r} is no sequence classifier: {error}") from None
+        if wrong := misfit(info, SCORING):
+            raise UserError(f"{key}.model: {spec.model}: {wrong}")
         if model.config.num_labels != 1:
             raise UserError(
                 f"{key}.model: {spec.model!r} gives {model.config.num_labels} numbers; name one that gives one"

@@ -14,8 +14,8 @@ from deltaray.tokenizer.load import load_tokenizer, model_file
 log = logging.getLogger(__name__)
 
 
-def check_tokenizer(model: Model, key: str) -> None:
-    """The tokenizer loads, its template renders what this model is asked, and answers have an end.
+def check_tokenizer(model: Model, key: str) -> Any:
+    """The tokenizer: it loads, its template renders what this model is asked, and answers have an end.
 
     Raises:
         UserError: with what to do; `key` names the recipe's section.
@@ -33,6 +33,7 @@ def check_tokenizer(model: Model, key: str) -> None:
             f"{key}.chat_template: {model.model!r} has several templates ({names}); `default` is taken, and `tool_use` "
             "where there are tools; name one to change that"
         )
+    return tokenizer
 
 
 def _check_shown(tokenizer: Any, key: str, turns: list[tuple[str, str]], **options: Any) -> None:

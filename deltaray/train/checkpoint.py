@@ -5,7 +5,6 @@ files are bound to the number of workers. Every worker gathers weight after weig
 manifest with the sizes and checksums of all files comes last, and without it a checkpoint does not exist.
 """
 
-import json
 import uuid
 import zlib
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from deepspeed.utils import (
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
 )
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
@@ -116,10 +116,10 @@ class Checkpoints:
             data: `Data.fingerprint` of the pairs.
 
         Returns:
-            None, and nothing is set, if any worker finds it damaged, or made on other pairs.
+            None, and nothing is set, if any worker finds it damaged, of other weights, or made on other pairs.
         """
         sound: list[bool] = [False] * dist.get_world_size()
-        dist.all_gather_object(sound, self._is_sound(name, data))
+        dist.all_gather_object(sound, self._is_sound(name, data, _wanted(engine.module)))
         if not all(sound):
             return None
         manifest = self.store.read_json(self._manifest(name))
@@ -129,7 +129,9 @@ class Checkpoints:
             _apply(parameters, load(self.store.read_bytes(f"{self.folder}/{name}/{file}")))
         return dict(manifest["state"])
 
-    def _is_sound(self, name: str, data: int) -> bool:
+    def _is_sound(self, name: str, data: int, wanted: dict[str, tuple[int, ...]]) -> bool:
+        """`wanted`: the shapes of all that it must hold, and of nothing else."""
+        found: dict[str, tuple[int, ...]] = {}
         try:
             manifest = self.store.read_json(self._manifest(name))
             if manifest["state"]["data"] != data:
@@ -138,9 +140,10 @@ class Checkpoints:
                 content = self.store.read_bytes(f"{self.folder}/{name}/{file}")
                 if (len(content), zlib.crc32(content)) != (size, checksum):
                     return False
-        except (OSError, ValueError, KeyError, json.JSONDecodeError):
+                found |= {key: tuple(tensor.shape) for key, tensor in load(content).items()}
+        except (OSError, ValueError, KeyError, SafetensorError):
             return False
-        return True
+        return found == wanted
 
 
 def _attempt(work: Any) -> Exception | None:
@@ -164,6 +167,12 @@ def _raise_together(error: Exception | None) -> None:
 # --- weights and moments ----------------------------------------------------------------------------------------
 def _trained(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     return ((name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad)
+
+
+def _wanted(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The shapes of a checkpoint's tensors."""
+    shapes = {name: tuple(getattr(parameter, "ds_shape", parameter.shape)) for name, parameter in _trained(module)}
+    return {f"{name}|{kind}": shape for name, shape in shapes.items() for kind in ("weight", *MOMENTS)}
 
 
 def _parts(module: nn.Module) -> Iterator[dict[str, Tensor]]:

@@ -17,7 +17,9 @@ from deltaray.recipe.models import Student
 from deltaray.recipe.training import Run, Training
 from deltaray.store import Store
 from deltaray.train.deepspeed_config import deepspeed_config
+from deltaray.train.saving import write_student
 from deltaray.train.student import load_module
+from deltaray.weights.fit import demand_fit
 
 
 def join_process_group() -> None:
@@ -47,6 +49,8 @@ def start_engine(
     torch.manual_seed(run.seed)  # a fresh adapter is the same on every worker
     module = load_module(student, training.dtype, run.lora, start)
     del partitioning
+    if training.zero_stage == 3:
+        demand_fit(student, None if run.lora else start)
     if training.gradient_checkpointing:
         module.model.gradient_checkpointing_enable({"use_reentrant": False})
     module.train()
@@ -107,14 +111,23 @@ def gathered_weights(model: nn.Module, trained_only: bool) -> dict[str, Tensor]:
     return state
 
 
-def save_trained(engine: Any, tokenizer: Any, store: Store, path: str, adapter: bool) -> None:
-    """Commits a Hugging Face folder, or a PEFT adapter's, from rank 0; all ranks call it."""
+def save_trained(
+    engine: Any, tokenizer: Any, store: Store, path: str, student: Student, source: Path | None, adapter: bool
+) -> None:
+    """Commits a Hugging Face folder, or a PEFT adapter's, from rank 0; all ranks call it.
+
+    Args:
+        source: the folder of the untouched student, on rank 0.
+    """
     model = engine.module.model
     state = gathered_weights(model, trained_only=adapter)
     if torch.distributed.get_rank() == 0:
-        options = {"save_embedding_layers": False} if adapter else {}
         with tempfile.TemporaryDirectory() as folder:
-            model.save_pretrained(folder, state_dict=state, **options)
-            tokenizer.save_pretrained(folder)
+            if adapter:
+                model.save_pretrained(folder, state_dict=state, save_embedding_layers=False)
+                tokenizer.save_pretrained(folder)
+            else:
+                assert source is not None
+                write_student(model, state, tokenizer, student, source, Path(folder))
             store.put_folder(Path(folder), path)
     torch.distributed.barrier()

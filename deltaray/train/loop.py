@@ -3,6 +3,7 @@
 import logging
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -25,6 +26,7 @@ from deltaray.train.reporter import Reporter
 from deltaray.train.schedule import total_steps
 from deltaray.train.signatures import Signature, Watcher
 from deltaray.train.trainer import Metrics, Trainer
+from deltaray.weights.folder import fetch
 
 log = logging.getLogger(__name__)
 
@@ -127,6 +129,7 @@ class _Session:
     def run_to_the_end(self) -> None:
         job, run = self.job, self.run
         student = job.students[run.student]
+        self.source = self._source(student)
         self.trainer = Trainer(job.training, student, run, self.data, self._pad_id(), self._start())
         check_vocabulary(self.data, self._vocabulary(), job.students[run.student].model)
         self.total = total_steps(len(self.data.train), run.settings)
@@ -142,6 +145,20 @@ class _Session:
         stop_engine(self.trainer.engine)
         if dist.get_rank() == 0:
             self.checkpoints.clear()
+
+    def _source(self, student: Student) -> Path | None:
+        """The untouched student's folder on rank 0, with all that will lie beside the trained weights."""
+        refusal: list[str | None] = [None]
+        folder = None
+        if dist.get_rank() == 0 and self.run.settings.lora is None:
+            try:
+                folder = fetch(student.model, student.revision, weights=False)
+            except Exception as error:  # the hub's own errors and those of the network below it
+                refusal = [f"{self.run.name}: the files of {student.model} cannot be fetched: {error}"]
+        dist.broadcast_object_list(refusal, src=0)
+        if refusal[0] is not None:
+            raise StageError(refusal[0])
+        return folder
 
     def _answering(self) -> Answering | None:
         asked, store = self.job.training.generation, self.job.store
@@ -160,7 +177,8 @@ class _Session:
             path = Store.adapter(name) if adapter else Store.student(name)
             if dist.get_rank() == 0:
                 note_pairs(self.job.store, name, self.run.pairings)
-            save_trained(self.trainer.engine, self.tokenizer, self.job.store, path, adapter)
+            student = self.job.students[self.run.student]
+            save_trained(self.trainer.engine, self.tokenizer, self.job.store, path, student, self.source, adapter)
 
     def _start(self) -> str | None:
         """The folder of what the run goes on from; runs stand behind the one that they name."""
@@ -168,9 +186,8 @@ class _Session:
         return self.job.store.local_folder(path) if path else None
 
     def _pad_id(self) -> int:
-        """Padding is masked everywhere, so any id will do where a tokenizer names none."""
-        known = self.tokenizer.pad_token_id
-        return int(known if known is not None else turn_end(self.tokenizer))
+        """Padding is masked everywhere, so any id will do; some tokenizers' own has no row in the embedding."""
+        return turn_end(self.tokenizer)
 
     def _vocabulary(self) -> int:
         return int(self.trainer.engine.module.model.config.get_text_config().vocab_size)

@@ -11,6 +11,8 @@ from deltaray.recipe.models import Student
 from deltaray.recipe.training import Lora
 from deltaray.train.attention import PACKED, can_pack
 from deltaray.train.logprobs import ResponseLogProbs
+from deltaray.weights.fit import misfit
+from deltaray.weights.headers import and_others
 
 
 def load_module(student: Student, dtype: str, lora: Lora | None = None, start: str | None = None) -> ResponseLogProbs:
@@ -21,7 +23,7 @@ def load_module(student: Student, dtype: str, lora: Lora | None = None, start: s
         start: a folder with what training goes on from: with `lora` an adapter like it, else a student.
 
     Raises:
-        StageError: weights are missing from the student's files.
+        StageError: weights are missing from the student's files, too many, or of another shape.
     """
     own_weights = start is not None and lora is None
     model, info = AutoModelForCausalLM.from_pretrained(
@@ -31,10 +33,11 @@ def load_module(student: Student, dtype: str, lora: Lora | None = None, start: s
         dtype=getattr(torch, dtype),
         quantization_config=_four_bits(dtype) if student.quantize else None,
         use_safetensors=True,
+        ignore_mismatched_sizes=True,  # they are refused below, with their names
         output_loading_info=True,
     )
-    if info["missing_keys"]:
-        raise StageError(f"{student.model}: no weights for {sorted(info['missing_keys'])[0]} (and maybe others)")
+    if wrong := misfit(info):
+        raise StageError(f"{start if own_weights else student.model}: {wrong}")
     _switch_dropout_off(model)
     _keep_four_bits(model)
     if can_pack(model):
@@ -84,8 +87,22 @@ def _with_adapter(model: Any, lora: Lora, start: str | None) -> Any:
     except ValueError as error:
         raise StageError(f"lora.targets: {str(error).splitlines()[0]}") from None
     if start is not None:
-        set_peft_model_state_dict(adapted, load_peft_weights(start, device="cpu"))
+        try:
+            loaded = set_peft_model_state_dict(adapted, load_peft_weights(start, device="cpu"))
+        except RuntimeError as error:  # another shape; the first line names the class alone
+            raise StageError(f"{start}: {' '.join(str(error).split())}") from None
+        if wrong := _misplaced(loaded):
+            raise StageError(f"{start}: {wrong}; it is no adapter with these settings of this student")
     return adapted
+
+
+def _misplaced(loaded: Any) -> str | None:
+    """What of an adapter found no place, or which place got nothing; the frozen student's own weights do not count."""
+    if loaded.unexpected_keys:
+        names = sorted(loaded.unexpected_keys)
+        return f"holds {names[0]}{and_others(names)}, which the adapter has no place for"
+    names = sorted(key for key in loaded.missing_keys if ".lora_" in key)
+    return f"holds no {names[0]}{and_others(names)}" if names else None
 
 
 def _switch_dropout_off(model: nn.Module) -> None:
