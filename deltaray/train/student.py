@@ -9,18 +9,23 @@ from transformers import AutoModelForCausalLM
 from deltaray.errors import StageError
 from deltaray.recipe.models import Student
 from deltaray.recipe.training import Lora
-from deltaray.train.attention import PACKED, can_pack
+from deltaray.train.adapter import with_adapter
+from deltaray.train.attention import PACKED
 from deltaray.train.logprobs import ResponseLogProbs
+from deltaray.train.noise import switch_noise_off
 
 
 def load_module(student: Student, dtype: str, lora: Lora | None = None, start: str | None = None) -> ResponseLogProbs:
     """The student with its response log-probabilities as output; dropout is off, so that the reference is exact.
+
+    It takes padded rows until `probe.settle` has looked at it.
 
     Args:
         lora: freeze the student and put a fresh adapter on it; an adapter's own dropout stays.
         start: a folder with what training goes on from: with `lora` an adapter like it, else a student.
 
     Raises:
+        UserError: the adapter's targets cannot be had.
         StageError: weights are missing from the student's files.
     """
     own_weights = start is not None and lora is None
@@ -35,11 +40,9 @@ def load_module(student: Student, dtype: str, lora: Lora | None = None, start: s
     )
     if info["missing_keys"]:
         raise StageError(f"{student.model}: no weights for {sorted(info['missing_keys'])[0]} (and maybe others)")
-    _switch_dropout_off(model)
+    switch_noise_off(model)
     _keep_four_bits(model)
-    if can_pack(model):
-        model.set_attn_implementation(PACKED)
-    return ResponseLogProbs(model if lora is None else _with_adapter(model, lora, start))
+    return ResponseLogProbs(model if lora is None else with_adapter(model, lora, start))
 
 
 def is_packed(module: ResponseLogProbs) -> bool:
@@ -67,31 +70,3 @@ def _keep_four_bits(model: nn.Module) -> None:
     for module in model.modules():
         if "support_avx512bf16_for_cpu" in vars(module):
             vars(module)["support_avx512bf16_for_cpu"] = False
-
-
-def _with_adapter(model: Any, lora: Lora, start: str | None) -> Any:
-    from peft import LoraConfig, get_peft_model, load_peft_weights, set_peft_model_state_dict
-
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=lora.targets,
-    )
-    try:
-        adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
-    except ValueError as error:
-        raise StageError(f"lora.targets: {str(error).splitlines()[0]}") from None
-    if start is not None:
-        set_peft_model_state_dict(adapted, load_peft_weights(start, device="cpu"))
-    return adapted
-
-
-def _switch_dropout_off(model: nn.Module) -> None:
-    """Not by eval(): gradient checkpointing works in training mode only."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        if "attention_dropout" in vars(module):
-            vars(module)["attention_dropout"] = 0.0
