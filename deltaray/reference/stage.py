@@ -16,7 +16,7 @@ from deltaray.runtime.session import cluster_capacity, logs_of_ray
 from deltaray.runtime.stream import quiet_ray_data
 from deltaray.store import Store
 from deltaray.tokens import complete_tokens
-from deltaray.train.probe import check_trainable
+from deltaray.train.check import check_trainable
 
 RESPONSES_PER_WORKER = 8192
 """Below so many each, another worker costs more to start than it saves."""

@@ -15,11 +15,12 @@ from deltaray.prompts.preferences import check_preferences
 from deltaray.prompts.read import read_prompts
 from deltaray.prompts.view import View
 from deltaray.recipe.evaluation import Task
-from deltaray.recipe.models import Model, Teacher
+from deltaray.recipe.models import Model, Student, Teacher
 from deltaray.recipe.scorers import Judge, RewardModel, Scorer, scorer_part
 from deltaray.recipe.study import Study, base_name
 from deltaray.search.retrievers import search_identity
 from deltaray.store import Store
+from deltaray.train.check import check_adapters, check_trainable
 
 HUB_TIMEOUT = 20.0
 """Seconds."""
@@ -39,6 +40,7 @@ def check_inputs(study: Study, store: Store) -> None:
     check_deltas(study)
     for key, model in models_of(study):
         check_model(model, key)
+    check_adapters(study)
     if any(student.quantize for student in study.students.values()) and find_spec("bitsandbytes") is None:
         raise UserError("student.quantize: needs bitsandbytes: `pip install deltaray[qlora]`")
 
@@ -79,6 +81,7 @@ def check_local_inputs(study: Study, store: Store) -> int | None:
     for key, model in models_of(study):
         if model.is_local or _is_served(model):
             check_model(model, key)
+    check_adapters(study, on_hub=False)
     return prompts
 
 
@@ -162,6 +165,8 @@ def check_model(model: Model, key: str) -> None:
     if not model.is_local:
         _find_on_hub(model, key)
     load_tokenizer(model, key)
+    if isinstance(model, Student):
+        check_trainable(model, key)
 
 
 def _own_format(model: Model) -> bool:

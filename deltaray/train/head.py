@@ -56,7 +56,7 @@ class Head:
         return logits
 
     def _is_plain(self) -> bool:
-        """Tries it without weights: whether hidden states reach the output layer unchanged, and what it gives the end."""
+        """Tried without weights: do hidden states reach the output layer unchanged, and what it gives the end?"""
         weight: Any = self.layer.weight
         vocabulary, width = getattr(weight, "ds_shape", weight.shape)  # ZeRO 3 leaves an empty shape
         place = torch.Generator().manual_seed(0)

@@ -15,14 +15,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from deltaray.errors import UserError
 from deltaray.recipe.models import Student
 from deltaray.train.logprobs import ResponseLogProbs
 from deltaray.train.noise import switch_noise_off
 from deltaray.train.packing import Inputs, Item, pack, pad
-from deltaray.train.small import narrowest, small_copy
+from deltaray.train.small import narrowest, one_thread, small_copy
 
 SMALL = [(9, [12]), (11, [9, 5]), (3, [4, 10])]
 LOADED = [(18, [12]), (20, [12, 9])]
@@ -67,6 +67,11 @@ class _Settings(str):
 
 @lru_cache(maxsize=64)
 def _judge(settings: _Settings, trust_remote_code: bool) -> Verdict:
+    with one_thread():
+        return _tried(settings, trust_remote_code)
+
+
+def _tried(settings: _Settings, trust_remote_code: bool) -> Verdict:
     found = _try(settings.config, trust_remote_code, narrow=True)
     longest = narrowest(settings.config)
     if found.way != "refused" or longest is None:
@@ -110,42 +115,10 @@ def _better_attention(model: Any, items: Sequence[Item]) -> str | None:
     return "eager" if bool(((found - expected).abs() / lengths > tolerance).any()) else None
 
 
-def check_trainable(student: Student, key: str) -> Verdict:
-    """What `plan` asks about a student, in seconds and without its weights.
-
-    Raises:
-        UserError: transformers cannot load it as a causal language model, or our log-probs would not be its own.
-    """
-    from transformers import AutoModelForCausalLM
-
-    options = {"revision": student.revision, "trust_remote_code": student.trust_remote_code}
-    try:
-        config = AutoConfig.from_pretrained(student.model, **options)
-    except Exception as error:  # every configuration class raises what it likes
-        raise UserError(f"{key}.model: {student.model}: config.json cannot be read: {_first_line(error)}") from None
-    remote = student.trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    if type(config) not in AutoModelForCausalLM._model_mapping and not remote:
-        raise UserError(
-            f"{key}.model: transformers has no causal language model for the type `{config.model_type}` of "
-            f"{student.model}; choose another student" + _own_code(config, student)
-        )
-    verdict = judge(config, student.trust_remote_code)
-    if reason := _why_not(verdict, student.max_length):
-        raise UserError(f"{key}.model: {refusal(student.model, config, reason)}")
-    return verdict
-
-
-def _why_not(verdict: Verdict, max_length: int) -> str:
+def why_not(verdict: Verdict, max_length: int) -> str:
     if verdict.longest is not None and max_length > verdict.longest:
         return f"max_length is {max_length}; {verdict.reason} (its window has {verdict.longest} tokens)"
     return verdict.reason if verdict.way == "refused" else ""
-
-
-def _own_code(config: Any, student: Student) -> str:
-    has_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    return (
-        ", or set trust_remote_code: true if you trust its code" if has_code and not student.trust_remote_code else ""
-    )
 
 
 def refusal(name: str, config: Any, reason: str) -> str:
@@ -156,6 +129,20 @@ def refusal(name: str, config: Any, reason: str) -> str:
 
 
 # --- on the loaded model ----------------------------------------------------------------------------------------
+def follow(module: ResponseLogProbs, student: Student) -> Verdict:
+    """Makes a model take the rows that are right for its small copy; padded ones where there is none.
+
+    Raises:
+        UserError: none are.
+    """
+    verdict = judge(module.model.config, student.trust_remote_code)
+    if reason := why_not(verdict, student.max_length):
+        raise UserError(refusal(student.model, module.model.config, reason))
+    module.own_attention = verdict.attention or module.own_attention
+    module.take(verdict.packed)
+    return verdict
+
+
 def settle(module: ResponseLogProbs, student: Student, device: torch.device | str) -> None:
     """Makes a loaded model take packed or padded rows, whichever gives its own log-probs.
 
@@ -164,19 +151,14 @@ def settle(module: ResponseLogProbs, student: Student, device: torch.device | st
     Raises:
         UserError: neither does.
     """
-    config = module.model.config
-    known = judge(config, student.trust_remote_code)
-    module.own_attention = known.attention or module.own_attention
-    verdict = known
-    if not _why_not(known, student.max_length):
-        was_training = module.training
-        module.eval()
-        found = compare(module, texts(module.model, LOADED), device, known)
-        module.train(was_training)
-        verdict = _agreed(replace(found, longest=known.longest))
-    if reason := _why_not(verdict, student.max_length):
-        raise UserError(refusal(student.model, config, reason))
-    module.take(verdict.packed)
+    known = follow(module, student)
+    was_training = module.training
+    module.eval()
+    found = _agreed(compare(module, texts(module.model, LOADED), device, known))
+    module.train(was_training)
+    if found.way == "refused":
+        raise UserError(refusal(student.model, module.model.config, found.reason))
+    module.take(found.packed)
 
 
 def _agreed(verdict: Verdict) -> Verdict:
@@ -208,7 +190,7 @@ def compare(
         module.take(packed=False)
         expected, tolerance = _own(module.model, items, device)
     except Exception as error:  # models raise what they like
-        reason = f"its own forward pass fails: {_first_line(error)}"
+        reason = f"its own forward pass fails: {first_line(error)}"
         return Verdict("unknown" if small else "refused", reason, head)
     if not torch.isfinite(expected).all():
         return Verdict("unknown" if small else "refused", "its own log-probs are not finite", head)
@@ -229,7 +211,7 @@ def compare(
         module.take(packed=True)
     except Exception as error:
         module.take(packed=False)
-        return Verdict("padded", _first_line(error), head)
+        return Verdict("padded", first_line(error), head)
     reason = _said(_difference(module, pack(items), expected, lengths, device), tolerance, "packed")
     module.take(packed=False)
     return Verdict("padded" if reason else "packed", reason, head)
@@ -292,7 +274,7 @@ def _difference(
     try:
         found = module(**inputs.to(device).arguments()).float().cpu()
     except Exception as error:
-        return _first_line(error)
+        return first_line(error)
     return float(((found - expected).abs() / lengths).nan_to_num(nan=float("inf")).max())
 
 
@@ -331,6 +313,6 @@ def _pad_id(config: Any) -> int:
     return next((item for item in found if isinstance(item, int) and 0 <= item < config.vocab_size), 0)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

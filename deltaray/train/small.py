@@ -140,6 +140,17 @@ def _scatter(model: Any) -> None:
 
 
 @contextmanager
+def one_thread() -> Iterator[None]:
+    """Matrices so small are faster without threads that wait for each other, above all on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
 def without_partitioning() -> Iterator[None]:
     """While ZeRO 3 is announced to transformers, every model that is made would be spread over the workers."""
     from transformers.integrations import deepspeed

@@ -13,19 +13,20 @@ from deltaray.train.adapter import with_adapter
 from deltaray.train.attention import PACKED
 from deltaray.train.logprobs import ResponseLogProbs
 from deltaray.train.noise import switch_noise_off
+from deltaray.train.probe import follow
 
 
 def load_module(student: Student, dtype: str, lora: Lora | None = None, start: str | None = None) -> ResponseLogProbs:
     """The student with its response log-probabilities as output; dropout is off, so that the reference is exact.
 
-    It takes padded rows until `probe.settle` has looked at it.
+    It takes packed or padded rows, as a small copy of it has shown; `probe.settle` looks at the model itself.
 
     Args:
         lora: freeze the student and put a fresh adapter on it; an adapter's own dropout stays.
         start: a folder with what training goes on from: with `lora` an adapter like it, else a student.
 
     Raises:
-        UserError: the adapter's targets cannot be had.
+        UserError: our log-probs would not be its own, or the adapter's targets cannot be had.
         StageError: weights are missing from the student's files.
     """
     own_weights = start is not None and lora is None
@@ -42,7 +43,9 @@ def load_module(student: Student, dtype: str, lora: Lora | None = None, start: s
         raise StageError(f"{student.model}: no weights for {sorted(info['missing_keys'])[0]} (and maybe others)")
     switch_noise_off(model)
     _keep_four_bits(model)
-    return ResponseLogProbs(model if lora is None else with_adapter(model, lora, start))
+    module = ResponseLogProbs(model if lora is None else with_adapter(model, lora, start))
+    follow(module, student)
+    return module
 
 
 def is_packed(module: ResponseLogProbs) -> bool:
