@@ -83,6 +83,6 @@ def _parameters_named(model: nn.Module, blocks: list[str]) -> set[str]:
 
 def _experts_hit(lora: Lora, names: list[str]) -> str:
     return (
-        f"lora.targets: {lora.targets}: {', '.join(names)} belong to experts, and neither vLLM nor `deltaray merge` "
-        "takes an adapter of them; leave targets out (the linear layers outside the experts) or name such layers"
+        f"lora.targets: {lora.targets}: an adapter would reach into the experts ({', '.join(names)}), and neither vLLM "
+        "nor `deltaray merge` takes one; leave targets out (the linear layers outside the experts) or name such layers"
     )

@@ -7,7 +7,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from deltaray.errors import UserError
 from deltaray.recipe.models import Student
 from deltaray.recipe.study import Study
-from deltaray.train.adapter import with_adapter
+from deltaray.recipe.training import Lora
+from deltaray.train.adapter import ALL, targets_of, with_adapter
 from deltaray.train.probe import Verdict, first_line, judge, refusal, why_not
 from deltaray.train.small import small_copy
 
@@ -45,12 +46,23 @@ def check_adapters(study: Study, on_hub: bool = True) -> None:
     }
     for run in asked.values():
         student, lora = study.students[run.student], run.settings.lora
-        if lora is not None and (on_hub or student.is_local):
-            try:
-                model = small_copy(_config(student, "student"), student.trust_remote_code)
-            except ValueError:  # what cannot be tried here is tried when it is trained
-                continue
+        if lora is not None and (on_hub or student.is_local) and (model := _copy(student)) is not None:
             with_adapter(model, lora)
+
+
+def targets_said(student: Student, lora: Lora) -> str:
+    """` on q_proj, …` where the default targets are not all linear layers; a student on a hub is not looked at."""
+    model = _copy(student) if lora.targets == ALL and student.is_local else None
+    found = ALL if model is None else targets_of(model, lora)
+    return "" if found == ALL else f" on {', '.join(found)}"
+
+
+def _copy(student: Student) -> Any:
+    """None where none can be made: what cannot be tried here is tried when it is trained."""
+    try:
+        return small_copy(_config(student, "student"), student.trust_remote_code)
+    except (ValueError, UserError):
+        return None
 
 
 def _config(student: Student, key: str) -> Any:

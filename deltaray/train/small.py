@@ -211,6 +211,8 @@ def _agree(found: dict[str, Any], settings: dict[str, Any]) -> None:
     if "attention_hidden_size" in found and "attention_head_dim" in found:
         found["attention_hidden_size"] = 2 * found["hidden_size"]
         found["attention_head_dim"] = found["attention_hidden_size"] // found[heads]
+    if isinstance(found.get("layers_block_type"), list) and "hybrid_layer_ids" in found:
+        found["hybrid_layer_ids"] = [at for at, kind in enumerate(found["layers_block_type"]) if kind == "hybrid"]
     if "rotary_dim" not in found and isinstance(settings.get("hidden_size"), int) and settings.get(heads):
         old = settings.get("head_dim") or settings["hidden_size"] // settings[heads]
         new = found.get("head_dim") or found["hidden_size"] // found[heads]
