@@ -158,5 +158,9 @@ METRICS = (
 
 MORE_METRICS = (
     "samples", "heldout_loss", "heldout_accuracy", "heldout_margin", "generated_tokens", "generated_score",
+    "routing_drift",
 )  # fmt: skip
-"""Keys that some lines have, besides `signatures`: names of the failure signatures first seen at that step."""
+"""Keys that some lines have, besides `signatures`: names of the failure signatures first seen at that step.
+
+`routing_drift`, of mixtures of experts: the share of (token, layer) of some held-out tokens that go to other experts
+than when the run started."""

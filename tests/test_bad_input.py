@@ -107,7 +107,8 @@ def test_a_teacher_that_does_not_exist(recipe: dict[str, Any], refused: Any, tmp
     recipe["teachers"]["weak"]["model"] = str(tmp_path / "nobody")
     assert "teachers.weak.model: there is no folder /nobody" in refused()
     recipe["teachers"]["weak"]["model"] = "models/nobody"  # may be a hub id
-    assert "teachers.weak.model: there is no folder models/nobody here, and it could not be fetched from the Hub" in refused()
+    there_is_none = "there is no folder models/nobody here, and it could not be fetched from the Hub"
+    assert f"teachers.weak.model: {there_is_none}" in refused()
     recipe["teachers"]["weak"]["model"] = str(tmp_path / "nobody")
     (tmp_path / "nobody").mkdir()
     assert "teachers.weak.model: /nobody holds no config.json" in refused()

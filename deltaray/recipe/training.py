@@ -17,7 +17,8 @@ class Lora(Section):
     """The update is scaled by alpha / rank."""
     dropout: float = Field(0.0, ge=0, lt=1)
     targets: str | list[str] = "all-linear"
-    """Names of the layers that get an adapter; `all-linear`: every linear layer but the output layer."""
+    """Names of the layers that get an adapter; `all-linear`: every linear layer but the output layer; in a mixture of
+    experts those outside the blocks of experts."""
 
 
 class Run(Section):

@@ -16,6 +16,7 @@ from deltaray.runtime.session import cluster_capacity, logs_of_ray
 from deltaray.runtime.stream import quiet_ray_data
 from deltaray.store import Store
 from deltaray.tokens import complete_tokens
+from deltaray.train.check import check_trainable
 
 RESPONSES_PER_WORKER = 8192
 """Below so many each, another worker costs more to start than it saves."""
@@ -41,12 +42,14 @@ def reference(study: Study, store: Store, student: str, teachers: list[str], on_
     that computed it, under a name that says which it is: doing it twice changes nothing.
 
     Raises:
+        UserError: our log-probs would not be the student's own.
         StageError: a block failed; what is committed stays.
     """
     work = [block for teacher in teachers for block in missing_blocks(store, student, teacher)]
     training = study.recipe.training
     if not work or training is None:
         return
+    check_trainable(study.students[student], "student")
     complete_tokens(study, store, [(student, teacher) for teacher in teachers])  # responses may have changed since
     totals = {teacher: store.count_rows(Store.responses(teacher)) for teacher in teachers}
     done = {teacher: totals[teacher] - sum(b.rows for b in work if b.teacher == teacher) for teacher in teachers}

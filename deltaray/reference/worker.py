@@ -17,6 +17,7 @@ from deltaray.tokenizer import load_tokenizer, turn_end
 from deltaray.train.examples import cut
 from deltaray.train.packing import Item, pack, pad
 from deltaray.train.passes import plan_passes
+from deltaray.train.probe import settle
 from deltaray.train.student import is_packed, load_module
 
 Row = dict[str, Any]
@@ -31,6 +32,7 @@ class ReferenceWorker:
         self.end_id = turn_end(load_tokenizer(student, "student"))
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.module = load_module(student, training.dtype).eval().to(self.device)
+        self.student, self.settled = student, False
 
     def __call__(self, row: Row) -> Row:
         """Commits the references of one block; returns the row."""
@@ -48,6 +50,9 @@ class ReferenceWorker:
         Those that failed, or whose prompt is refused or leaves no room, are missing. Samples of one prompt that stand
         together share it.
         """
+        if not self.settled:  # not while the actor starts: what it raises then reaches nobody whole
+            settle(self.module, self.student, self.device)
+            self.settled = True
         able = [row for row in responses if row["token_ids"] and len(row["prompt_token_ids"]) < self.max_length - 2]
         groups = [list(rows) for _, rows in groupby(able, key=lambda row: row["prompt_id"])]
         items = [self._item(rows) for rows in groups]

@@ -20,6 +20,7 @@ from deltaray.recipe.study import Study, base_name
 from deltaray.runtime.check_models import check_model, is_served
 from deltaray.search.retrievers import search_identity
 from deltaray.store import Store
+from deltaray.train.check import check_adapters
 
 DATE = "date"
 """The definition that holds the day which chat templates take for today."""
@@ -39,6 +40,7 @@ def check_inputs(study: Study, store: Store, say: Say = silent) -> None:
     check_search(study)
     check_deltas(study)
     check_models(study)
+    check_adapters(study)
     if any(student.quantize for student in study.students.values()) and find_spec("bitsandbytes") is None:
         raise UserError("student.quantize: needs bitsandbytes: `pip install deltaray[qlora]`")
 
@@ -77,6 +79,7 @@ def check_local_inputs(study: Study, store: Store, say: Say = silent) -> int | N
     check_harness(study)
     check_search(study)
     check_models(study, on_hub=False)
+    check_adapters(study, on_hub=False)
     return prompts
 
 

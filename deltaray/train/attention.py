@@ -1,4 +1,7 @@
-"""Attention over a packed row, as an attention function of transformers: any model that asks its registry can pack.
+"""Attention over a packed row, as an attention function of transformers.
+
+A model can pack if it asks transformers' registry for its attention and has no layer through which one text hears of
+another; `probe.py` finds that out.
 
 On GPUs one variable-length FlashAttention call of PyTorch; elsewhere, and in float32, padded batches of segments of
 similar size, where padding costs attention only and never a matrix product with weights.
@@ -14,16 +17,6 @@ from deltaray.train.layout import Layout
 
 PACKED = "deltaray_packed"
 """The name under which transformers finds it."""
-
-KINDS = {"full_attention", "sliding_attention"}
-"""Layers that see other tokens through attention alone; recurrent ones would carry one sequence into the next."""
-
-
-def can_pack(model: Any) -> bool:
-    """Whether a transformers model asks the registry for its attention and has no layer of another kind."""
-    config = model.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or KINDS)
-    return bool(model._supports_attention_backend) and kinds <= KINDS
 
 
 def packed_attention(

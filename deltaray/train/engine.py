@@ -17,6 +17,7 @@ from deltaray.recipe.models import Student
 from deltaray.recipe.training import Run, Training
 from deltaray.store import Store
 from deltaray.train.deepspeed_config import deepspeed_config
+from deltaray.train.probe import settle
 from deltaray.train.saving import write_student
 from deltaray.train.student import load_module
 from deltaray.weights.fit import demand_fit
@@ -57,8 +58,11 @@ def start_engine(
     if disk is not None:
         _demand_disk_access(disk)
     if training.zero_stage == 3:
-        deepspeed.zero.register_external_parameter(module.head, module.model.get_output_embeddings().weight)
-    return deepspeed.initialize(model=module, optimizer=_optimizer(module, run), config=config)[0]
+        for weight in module.head.own.parameters:
+            deepspeed.zero.register_external_parameter(module.head, weight)
+    engine = deepspeed.initialize(model=module, optimizer=_optimizer(module, run), config=config)[0]
+    settle(module, student, engine.device)
+    return engine
 
 
 def _demand_disk_access(folder: Path) -> None:

@@ -13,9 +13,9 @@ from deltaray.recipe.training import Generation
 from deltaray.score.response import Response, ScoreFunction, unscored
 from deltaray.store import Store
 from deltaray.tokenizer import turn_end
-from deltaray.train.attention import PACKED
 from deltaray.train.examples import Examples, read_pairs
 from deltaray.train.packing import Ids
+from deltaray.train.student import is_packed
 
 Metrics = dict[str, Any]
 
@@ -127,13 +127,11 @@ def _until_end(ids: list[int], ends: list[int]) -> list[int]:
 def answering_model(engine: Any) -> Iterator[Any]:
     """The model without dropout and checkpointing, taking rows of a batch instead of packed ones, for a while."""
     model = engine.module.model
-    packed = model.config._attn_implementation == PACKED
+    packed = is_packed(engine.module)
     engine.eval()
-    if packed:
-        model.set_attn_implementation("sdpa")
+    engine.module.take(packed=False)
     try:
         yield model
     finally:
-        if packed:
-            model.set_attn_implementation(PACKED)
+        engine.module.take(packed)
         engine.train()

@@ -78,7 +78,7 @@ def _train(job: Job, run: TrainingRun) -> Exception | None:
         refusal = StageError(_out_of_memory(run.name, job.training, error))
         ray.get(job.progress.refuse.remote(refusal))
         raise refusal from error  # the other workers wait for this one: the group has to end
-    except StageError as error:
+    except (StageError, UserError) as error:
         return error
     return None
 

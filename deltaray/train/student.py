@@ -9,20 +9,25 @@ from transformers import AutoModelForCausalLM
 from deltaray.errors import StageError
 from deltaray.recipe.models import Student
 from deltaray.recipe.training import Lora
-from deltaray.train.attention import PACKED, can_pack
+from deltaray.train.adapter import with_adapter
+from deltaray.train.attention import PACKED
 from deltaray.train.logprobs import ResponseLogProbs
+from deltaray.train.noise import switch_noise_off
+from deltaray.train.probe import follow
 from deltaray.weights.fit import misfit
-from deltaray.weights.headers import and_others
 
 
 def load_module(student: Student, dtype: str, lora: Lora | None = None, start: str | None = None) -> ResponseLogProbs:
     """The student with its response log-probabilities as output; dropout is off, so that the reference is exact.
+
+    It takes packed or padded rows, as a small copy of it has shown; `probe.settle` looks at the model itself.
 
     Args:
         lora: freeze the student and put a fresh adapter on it; an adapter's own dropout stays.
         start: a folder with what training goes on from: with `lora` an adapter like it, else a student.
 
     Raises:
+        UserError: our log-probs would not be its own, or the adapter's targets cannot be had.
         StageError: weights are missing from the student's files, too many, or of another shape.
     """
     own_weights = start is not None and lora is None
@@ -38,11 +43,11 @@ def load_module(student: Student, dtype: str, lora: Lora | None = None, start: s
     )
     if wrong := misfit(info):
         raise StageError(f"{start if own_weights else student.model}: {wrong}")
-    _switch_dropout_off(model)
+    switch_noise_off(model)
     _keep_four_bits(model)
-    if can_pack(model):
-        model.set_attn_implementation(PACKED)
-    return ResponseLogProbs(model if lora is None else _with_adapter(model, lora, start))
+    module = ResponseLogProbs(model if lora is None else with_adapter(model, lora, start))
+    follow(module, student)
+    return module
 
 
 def is_packed(module: ResponseLogProbs) -> bool:
@@ -70,45 +75,3 @@ def _keep_four_bits(model: nn.Module) -> None:
     for module in model.modules():
         if "support_avx512bf16_for_cpu" in vars(module):
             vars(module)["support_avx512bf16_for_cpu"] = False
-
-
-def _with_adapter(model: Any, lora: Lora, start: str | None) -> Any:
-    from peft import LoraConfig, get_peft_model, load_peft_weights, set_peft_model_state_dict
-
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=lora.targets,
-    )
-    try:
-        adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
-    except ValueError as error:
-        raise StageError(f"lora.targets: {str(error).splitlines()[0]}") from None
-    if start is not None:
-        try:
-            loaded = set_peft_model_state_dict(adapted, load_peft_weights(start, device="cpu"))
-        except RuntimeError as error:  # another shape; the first line names the class alone
-            raise StageError(f"{start}: {' '.join(str(error).split())}") from None
-        if wrong := _misplaced(loaded):
-            raise StageError(f"{start}: {wrong}; it is no adapter with these settings of this student")
-    return adapted
-
-
-def _misplaced(loaded: Any) -> str | None:
-    """What of an adapter found no place, or which place got nothing; the frozen student's own weights do not count."""
-    if loaded.unexpected_keys:
-        names = sorted(loaded.unexpected_keys)
-        return f"holds {names[0]}{and_others(names)}, which the adapter has no place for"
-    names = sorted(key for key in loaded.missing_keys if ".lora_" in key)
-    return f"holds no {names[0]}{and_others(names)}" if names else None
-
-
-def _switch_dropout_off(model: nn.Module) -> None:
-    """Not by eval(): gradient checkpointing works in training mode only."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        if "attention_dropout" in vars(module):
-            vars(module)["attention_dropout"] = 0.0

@@ -6,6 +6,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -15,6 +16,7 @@ from deltaray.recipe.study import TrainingRun
 from deltaray.recipe.training import Training
 from deltaray.train.engine import start_engine
 from deltaray.train.examples import Data, Examples
+from deltaray.train.experts import Routing, drift
 from deltaray.train.formulas import LossSettings
 from deltaray.train.forward import Cutter, Pass, sides_of
 from deltaray.train.losses import LOSSES, Divisors, PairLosses, Side, contribution, kl_estimate
@@ -29,6 +31,10 @@ TOTALS = (
     "logps_chosen", "logps_rejected", "rewards_chosen", "rewards_rejected", "rewards_margin", "rewards_accuracy",
 )  # fmt: skip
 """What is averaged over the pairs of a batch."""
+
+
+ROUTED = 512
+"""Tokens whose experts are compared."""
 
 
 class Trainer:
@@ -50,6 +56,8 @@ class Trainer:
         self.ahead = ThreadPoolExecutor(1)
         self.kl: Tensor | None = None
         self.mismatched = self._mismatched_references() if self.loss.needs_kl else None
+        self.routing = Routing(self.engine.module.model)
+        self.routed = self._routed()  # before the first step, and before a checkpoint is loaded
 
     # --- a step -------------------------------------------------------------------------------------------------
     def step(self, step: int, total: int) -> Metrics:
@@ -132,7 +140,30 @@ class Trainer:
             "heldout_loss": loss,
             "heldout_accuracy": means["rewards_accuracy"],
             "heldout_margin": means["rewards_margin"],
+            **self.routing_drift(),
         }
+
+    # --- experts --------------------------------------------------------------------------------------------------
+    def routing_drift(self) -> Metrics:
+        """How many routing decisions on a few held-out tokens are others than when the run started."""
+        if not self.routed:
+            return {}
+        return {"routing_drift": drift(self.routed, self._routed())}
+
+    @torch.no_grad()
+    def _routed(self) -> list[Tensor]:
+        """The experts of the first held-out (or training) tokens; the same ones on every worker."""
+        data = self.data.heldout if len(self.data.heldout) else self.data.train
+        if not self.routing.experts or not len(data):
+            return []
+        costs = np.cumsum(data.costs(range(min(len(data), ROUTED)), self.both))
+        count = max(1, int((costs <= ROUTED).sum()))
+        inputs = self.cutter.inputs([data.item(place, self.both) for place in range(count)]).to(self.engine.device)
+        self.engine.eval()
+        with self.routing.watched() as chosen:
+            self.engine(**inputs.arguments())
+        self.engine.train()
+        return chosen
 
     # --- kto's reference point --------------------------------------------------------------------------------------
     def _mismatched(self, place: int) -> Item:

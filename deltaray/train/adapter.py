@@ -1,0 +1,110 @@
+"""A fresh LoRA adapter on a student, and which of its layers get one."""
+
+from typing import Any
+
+from torch import nn
+
+from deltaray.errors import StageError, UserError
+from deltaray.recipe.training import Lora
+from deltaray.train.experts import expert_blocks
+from deltaray.weights.headers import and_others
+
+ALL = "all-linear"
+
+
+def with_adapter(model: Any, lora: Lora, start: str | None = None) -> Any:
+    """
+    Args:
+        start: a folder with an adapter to go on from.
+
+    Raises:
+        UserError: the targets name no layer, or experts.
+        StageError: the adapter to go on from does not fit.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    targets = targets_of(model, lora)
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=targets if isinstance(targets, str) else list(targets),
+    )
+    try:
+        adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
+    except ValueError as error:
+        raise UserError(f"lora.targets: {str(error).splitlines()[0]}") from None
+    if parameters := adapted.peft_config["default"].target_parameters:
+        raise UserError(_experts_hit(lora, sorted(parameters)))
+    if start is not None:
+        _fill(adapted, start)
+    return adapted
+
+
+def _fill(adapted: Any, start: str) -> None:
+    from peft import load_peft_weights, set_peft_model_state_dict
+
+    try:
+        loaded = set_peft_model_state_dict(adapted, load_peft_weights(start, device="cpu"))
+    except RuntimeError as error:  # another shape; the first line names the class alone
+        raise StageError(f"{start}: {' '.join(str(error).split())}") from None
+    if wrong := _misplaced(loaded):
+        raise StageError(f"{start}: {wrong}; it is no adapter with these settings of this student")
+
+
+def _misplaced(loaded: Any) -> str | None:
+    """What of an adapter found no place, or which place got nothing; the frozen student's own weights do not count."""
+    if loaded.unexpected_keys:
+        names = sorted(loaded.unexpected_keys)
+        return f"holds {names[0]}{and_others(names)}, which the adapter has no place for"
+    names = sorted(key for key in loaded.missing_keys if ".lora_" in key)
+    return f"holds no {names[0]}{and_others(names)}" if names else None
+
+
+def targets_of(model: nn.Module, lora: Lora) -> str | list[str]:
+    """What PEFT gets: of a mixture of experts, by default, the linear layers outside the blocks of experts.
+
+    Experts are one tensor for all of them, or so many layers that each sees a few tokens; vLLM and `deltaray merge`
+    take no adapters of such tensors.
+
+    Raises:
+        UserError: targets that are named reach into experts.
+    """
+    blocks = expert_blocks(model)
+    if not blocks:
+        return lora.targets
+    inside: set[str] = set()
+    outside: set[str] = set()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            within = any(name.startswith(f"{block}.") for block in blocks)
+            (inside if within else outside).add(name.rpartition(".")[2])
+    if lora.targets == ALL:
+        last = _last_name(model)
+        return sorted(outside - inside - {last}) or lora.targets
+    if isinstance(lora.targets, list) and (hit := sorted(_parameters_named(model, blocks) & set(lora.targets))):
+        raise UserError(_experts_hit(lora, hit))
+    return lora.targets
+
+
+def _last_name(model: Any) -> str:
+    layer = model.get_output_embeddings()
+    return next((name.rpartition(".")[2] for name, module in model.named_modules() if module is layer), "")
+
+
+def _parameters_named(model: nn.Module, blocks: list[str]) -> set[str]:
+    """Last names of the tensors of all experts, and `experts` itself."""
+    names = {"experts"}
+    for name, weight in model.named_parameters():
+        shape = getattr(weight, "ds_shape", weight.shape)
+        if len(shape) == 3 and any(name.startswith(f"{block}.") for block in blocks):
+            names.add(name.rpartition(".")[2])
+    return names
+
+
+def _experts_hit(lora: Lora, names: list[str]) -> str:
+    return (
+        f"lora.targets: {lora.targets}: an adapter would reach into the experts ({', '.join(names)}), and neither vLLM "
+        "nor `deltaray merge` takes one; leave targets out (the linear layers outside the experts) or name such layers"
+    )
