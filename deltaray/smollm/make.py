@@ -1,7 +1,7 @@
 """Make the ladder of real models and its prompts, or find what was made earlier.
 
-Every folder carries what it was made of and is trusted only if that is what would be made now; it appears under its name
-in one rename, once complete.
+Every folder carries what it was made of and is trusted only if that is what would be made now; it appears under its
+name in one rename, once complete.
 """
 
 from __future__ import annotations

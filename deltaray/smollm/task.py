@@ -11,14 +11,17 @@ from collections.abc import Sequence
 
 from deltaray.miniature.member import Rows
 
-WORDS = """dog cat horse bird tree river house car boat train garden kitchen window door table book letter song ball
-bread apple cake milk rain snow wind sun moon star road bridge hill beach city school teacher farmer friend king doctor
-baker soldier mountain forest lake island village market castle tower church station street field flower stone sand cloud
-storm fire lamp candle mirror clock chair bed blanket pillow shirt coat hat shoe glove ring coin box bag basket bottle cup
-plate spoon rope ladder wheel engine truck bicycle ship plane rocket robot phone radio camera picture story poem dance
-guitar piano drum violin painter singer writer nurse pilot sailor hunter queen prince mother father sister brother neighbor
-student lion tiger bear rabbit cow goat pig duck chicken eagle owl frog snake turtle whale butterfly spider honey cheese
-soup rice potato tomato carrot lemon orange banana grape sugar salt coffee tea summer winter morning evening""".split()
+_WORDS = """
+dog cat horse bird tree river house car boat train garden kitchen window door table book letter song ball bread apple
+cake milk rain snow wind sun moon star road bridge hill beach school teacher farmer friend king doctor baker soldier
+mountain forest lake island village market castle tower church station street field flower stone sand cloud storm fire
+lamp candle mirror clock chair bed blanket pillow shirt coat hat shoe glove ring coin box bag basket bottle cup plate
+spoon rope ladder wheel engine truck bicycle ship plane rocket robot phone radio camera picture poem dance guitar
+piano drum violin painter singer writer nurse pilot sailor hunter queen prince mother father sister brother neighbor
+student lion tiger bear rabbit cow goat pig duck chicken eagle owl frog snake turtle whale spider honey cheese soup
+rice potato tomato carrot lemon orange banana grape sugar salt coffee tea summer winter morning evening
+"""
+WORDS = _WORDS.split()
 """Nouns whose plural ends in s or es."""
 HELD_OUT_WORDS = 60
 WORDS_PER_PROMPT = 4
