@@ -1,4 +1,4 @@
-# Two commands: `make demo` and `make test`. Both set up .venv first, for the GPU or the CPU as the machine has it,
+# `make demo`, `make demo-real` and `make test` set up .venv first, for the GPU or the CPU as the machine has it,
 # and start at once when that is done already.
 PYTHON ?= python3
 EXTRA := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU && echo gpu || echo cpu)
@@ -15,10 +15,13 @@ CPU_FLAGS := --override .venv/overrides.txt $(if $(LOCAL_TORCH),,--torch-backend
 INSTALL := $(BIN)/uv pip install --python $(BIN)/python --compile-bytecode \
 	$(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS)) $(if $(filter cpu,$(EXTRA)),$(CPU_FLAGS))
 
-.PHONY: demo test lint tools sbom clean
+.PHONY: demo demo-real test lint tools sbom clean
 
 demo: .venv/ready-$(EXTRA)
 	$(BIN)/deltaray demo $(ARGS)
+
+demo-real: .venv/ready-$(EXTRA)-real
+	$(BIN)/deltaray demo --real $(ARGS)
 
 test: .venv/ready-$(EXTRA)-dev lint tools
 	$(BIN)/python -m pytest $(ARGS)
@@ -47,6 +50,10 @@ sbom: .venv/bin/uv
 
 .venv/ready-%-dev: pyproject.toml .venv/bin/uv
 	$(INSTALL) -e '.[$*,dev]'
+	@touch .venv/ready-$* $@
+
+.venv/ready-%-real: pyproject.toml .venv/bin/uv
+	$(INSTALL) -e '.[$*,real]'
 	@touch .venv/ready-$* $@
 
 .venv/ready-%: pyproject.toml .venv/bin/uv

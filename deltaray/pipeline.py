@@ -94,8 +94,11 @@ class Pipeline:
         if self.recipe.miniature is None:
             return False
         from deltaray.miniature.make import family_is_made
+        from deltaray.smollm import ladder_is_made
 
         made = self.recipe.miniature
+        if made.family == "smollm2":
+            return not ladder_is_made(Path(made.directory))
         return not all(family_is_made(Path(made.directory), seed, made.family) for seed in self.recipe.seeds)
 
     # --- running ----------------------------------------------------------------------------------------------

@@ -31,6 +31,8 @@ class Stages:
 
         made, several = self.study.recipe.miniature, len(self.study.recipe.seeds) > 1
         assert made is not None
+        if made.family == "smollm2":
+            return self._real_models(Path(made.directory))
         models = len(FAMILIES[made.family]) * len(self.study.recipe.seeds)
         with self.runner.stage("miniature", "models", models, shown="steps") as progress:
             for seed in self.study.recipe.seeds:
@@ -40,6 +42,12 @@ class Stages:
                     progress.update(name + end, step, steps)
 
                 make_family(Path(made.directory), seed, show, made.family)
+
+    def _real_models(self, directory: Path) -> None:
+        from deltaray.smollm import LADDER, make_ladder
+
+        with self.runner.stage("miniature", "models", len(LADDER)) as progress:
+            make_ladder(directory, progress.update)
 
     def generate(self) -> None:
         from deltaray.generate.stage import generate, teacher_work

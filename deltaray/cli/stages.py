@@ -15,13 +15,17 @@ if TYPE_CHECKING:
 def demo(
     context: typer.Context,
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds: each makes its own family of models.")] = 1,
+    real: Annotated[
+        bool, typer.Option("--real", help="A real language model (SmolLM2-135M); needs deltaray[real].")
+    ] = False,
     overrides: Overrides = [],  # noqa: B006
 ) -> None:
-    """The miniature study end to end: models, pairs, students, evaluation, report."""
+    """A small study end to end, in minutes: models, pairs, students, evaluation, report."""
     from deltaray.recipe import shipped_recipe
 
-    several = [f"seeds={list(range(seeds))}", f"out=runs/miniature-{seeds}-seeds"] if seeds > 1 else []
-    run(context, shipped_recipe("miniature"), [*several, *overrides])
+    name = "real" if real else "miniature"
+    several = [f"seeds={list(range(seeds))}", f"out=runs/{name}-{seeds}-seeds"] if seeds > 1 else []
+    run(context, shipped_recipe(name), [*several, *overrides])
 
 
 @app.command()

@@ -39,13 +39,16 @@ class Preferences(Source):
 
 
 class Miniature(Section):
-    """Makes the toy family of models, its prompts and its evaluation before anything else (once; then cached)."""
+    """Makes a family of models, its prompts and its evaluation before anything else (once; then cached)."""
 
     directory: str = "runs/miniature-family"
-    family: Literal["ladder", "specialists", "landscape", "qwen3", "earlier", "sections", "strings"] = "ladder"
+    family: Literal["ladder", "specialists", "landscape", "qwen3", "earlier", "sections", "strings", "smollm2"] = (
+        "ladder"
+    )
     """`ladder`: teachers of growing size and care; `specialists`: each careful in another part of the task;
     `landscape`: the ladder with a fifth teacher; the others serve the controlled experiments. Those of another task
-    (`sections`, `strings`) take a directory of their own."""
+    (`sections`, `strings`) take a directory of their own. `smollm2` is no toy: SmolLM2-135M-Instruct, fetched from the
+    Python index, and two weaker selves, the same for every seed; it needs `deltaray[real]`."""
 
 
 class Failures(Section):
