@@ -20,7 +20,6 @@ from deltaray.recipe.scorers import Judge, RewardModel, Scorer, scorer_part
 from deltaray.recipe.study import Study, base_name
 from deltaray.search.retrievers import search_identity
 from deltaray.store import Store
-from deltaray.train.check import check_adapters, check_trainable
 
 HUB_TIMEOUT = 20.0
 """Seconds."""
@@ -40,7 +39,7 @@ def check_inputs(study: Study, store: Store) -> None:
     check_deltas(study)
     for key, model in models_of(study):
         check_model(model, key)
-    check_adapters(study)
+    _check_adapters(study)
     if any(student.quantize for student in study.students.values()) and find_spec("bitsandbytes") is None:
         raise UserError("student.quantize: needs bitsandbytes: `pip install deltaray[qlora]`")
 
@@ -81,7 +80,7 @@ def check_local_inputs(study: Study, store: Store) -> int | None:
     for key, model in models_of(study):
         if model.is_local or _is_served(model):
             check_model(model, key)
-    check_adapters(study, on_hub=False)
+    _check_adapters(study, on_hub=False)
     return prompts
 
 
@@ -166,7 +165,16 @@ def check_model(model: Model, key: str) -> None:
         _find_on_hub(model, key)
     load_tokenizer(model, key)
     if isinstance(model, Student):
+        from deltaray.train.check import check_trainable
+
         check_trainable(model, key)
+
+
+def _check_adapters(study: Study, on_hub: bool = True) -> None:
+    if any(run.settings.lora for run in study.runs.values()):
+        from deltaray.train.check import check_adapters
+
+        check_adapters(study, on_hub)
 
 
 def _own_format(model: Model) -> bool:
