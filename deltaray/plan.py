@@ -13,7 +13,6 @@ from deltaray.recipe.models import Student, Teacher
 from deltaray.recipe.study import AdapterMerge, Study, TrainingRun
 from deltaray.runtime.session import Capacity
 from deltaray.store import Store
-from deltaray.train.check import targets_said
 
 
 @dataclass(frozen=True)
@@ -119,7 +118,10 @@ def _training_item(study: Study, store: Store, run: TrainingRun, capacity: Capac
     settings = run.settings
     rate = f"lr {settings.learning_rate:g}" if isinstance(settings.learning_rate, float) else ""
     where = f"{settings.loss}, {rate}, {training.workers} workers, {each} each, ZeRO-{training.zero_stage}"
-    where += ", LoRA" + targets_said(study.students[run.student], settings.lora) if settings.lora else ""
+    if settings.lora:
+        from deltaray.train.check import targets_said
+
+        where += ", LoRA" + targets_said(study.students[run.student], settings.lora)
     where += f", after {run.after}" if run.after else ""
     return Item("train", run.name, "students", 1, int(store.trained(run.name) is not None), where)
 

@@ -16,7 +16,6 @@ from deltaray.runtime.session import cluster_capacity, logs_of_ray
 from deltaray.runtime.stream import quiet_ray_data
 from deltaray.store import Store
 from deltaray.tokens import complete_tokens
-from deltaray.train.check import check_trainable
 
 RESPONSES_PER_WORKER = 8192
 """Below so many each, another worker costs more to start than it saves."""
@@ -49,6 +48,8 @@ def reference(study: Study, store: Store, student: str, teachers: list[str], on_
     training = study.recipe.training
     if not work or training is None:
         return
+    from deltaray.train.check import check_trainable
+
     check_trainable(study.students[student], "student")
     complete_tokens(study, store, [(student, teacher) for teacher in teachers])  # responses may have changed since
     totals = {teacher: store.count_rows(Store.responses(teacher)) for teacher in teachers}

@@ -10,7 +10,6 @@ from deltaray.recipe.models import Engine, Model, Student, Teacher
 from deltaray.recipe.scorers import RewardModel
 from deltaray.runtime.failures import cause_of
 from deltaray.tokenizer.check import check_tokenizer
-from deltaray.train.check import check_trainable
 from deltaray.weights.folder import cached_folder, refuse_pointers
 from deltaray.weights.headers import Held, tensors_of_model
 
@@ -56,6 +55,8 @@ def check_model(model: Model, key: str, saved: Literal["model", "adapter"] | Non
 
         check_adapter(Path(model.adapter), f"{key}.adapter", skeleton, held)
     if isinstance(model, Student):
+        from deltaray.train.check import check_trainable
+
         check_trainable(model, key)
     if isinstance(model, Student) and saved:
         _check_saving(model, key, skeleton if saved == "model" else None, tokenizer)

@@ -20,7 +20,6 @@ from deltaray.recipe.study import Study, base_name
 from deltaray.runtime.check_models import check_model, is_served
 from deltaray.search.retrievers import search_identity
 from deltaray.store import Store
-from deltaray.train.check import check_adapters
 
 DATE = "date"
 """The definition that holds the day which chat templates take for today."""
@@ -40,7 +39,7 @@ def check_inputs(study: Study, store: Store, say: Say = silent) -> None:
     check_search(study)
     check_deltas(study)
     check_models(study)
-    check_adapters(study)
+    _check_adapters(study)
     if any(student.quantize for student in study.students.values()) and find_spec("bitsandbytes") is None:
         raise UserError("student.quantize: needs bitsandbytes: `pip install deltaray[qlora]`")
 
@@ -79,7 +78,7 @@ def check_local_inputs(study: Study, store: Store, say: Say = silent) -> int | N
     check_harness(study)
     check_search(study)
     check_models(study, on_hub=False)
-    check_adapters(study, on_hub=False)
+    _check_adapters(study, on_hub=False)
     return prompts
 
 
@@ -169,6 +168,13 @@ def check_tasks(study: Study, store: Store, on_hub: bool = True, say: Say = sile
             f"evaluation.selection.{prompts['selection'][first]}: shares {len(shared)} prompts with evaluation.tasks."
             f"{prompts['tasks'][first]}; choose the grid's best on prompts that are not reported"
         )
+
+
+def _check_adapters(study: Study, on_hub: bool = True) -> None:
+    if any(run.settings.lora for run in study.runs.values()):
+        from deltaray.train.check import check_adapters
+
+        check_adapters(study, on_hub)
 
 
 def scorer_identity(scorer: Scorer) -> dict[str, Any]:

@@ -9,7 +9,8 @@ from deltaray.recipe.models import Student
 from deltaray.recipe.study import Study
 from deltaray.recipe.training import Lora
 from deltaray.train.adapter import ALL, targets_of, with_adapter
-from deltaray.train.probe import Verdict, judge, refusal, why_not
+from deltaray.train.compare import Verdict
+from deltaray.train.probe import judge, refusal, why_not
 from deltaray.train.small import small_copy
 
 

@@ -213,6 +213,8 @@ class _Session:
             evaluated = self._is_evaluated(step)
             if evaluated:
                 metrics |= self.trainer.evaluate()
+            elif step + 1 == self.total:
+                metrics |= self.trainer.routing_drift()
             if self.answering and (evaluated or step == 0):
                 metrics |= self.answering(self.trainer.engine)
             found = self.watcher.see(metrics)

@@ -5,46 +5,26 @@ model itself with a few short texts. What differs packed runs padded; what diffe
 """
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from transformers import PreTrainedConfig
 
-from deltaray.errors import UserError, first_line
+from deltaray.errors import UserError
 from deltaray.recipe.models import Student
+from deltaray.train.compare import Verdict, compare, own_log_probs, singles, texts
 from deltaray.train.logprobs import ResponseLogProbs
 from deltaray.train.noise import switch_noise_off
-from deltaray.train.packing import Inputs, Item, pack, pad
+from deltaray.train.packing import Item
 from deltaray.train.small import narrowest, one_thread, small_copy
 
 SMALL = [(9, [12]), (11, [9, 5]), (3, [4, 10])]
 LOADED = [(18, [12]), (20, [12, 9])]
 """Tokens of each prompt and of the responses to it: of one alone, and of several that share it; longer than windows."""
-
-SLACK = 6.0
-"""How many times what rounding is expected to do passes for equal."""
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """How an architecture is trained."""
-
-    way: str  # "packed", "padded", "refused", or "unknown": no small copy could be made
-    reason: str = ""  # why not packed
-    head: str = ""  # "product", or "own": the logits are more than the output layer's product
-    attention: str | None = None  # the implementation to use, where transformers' default computes something else
-    longest: int | None = None  # tokens of a text beyond which it would be refused
-
-    @property
-    def packed(self) -> bool:
-        return self.way == "packed"
 
 
 # --- on a small copy --------------------------------------------------------------------------------------------
@@ -104,14 +84,14 @@ def _better_attention(model: Any, items: Sequence[Item]) -> str | None:
     """`eager` where the default gives other logits: it is written with the model, others leave out what they lack."""
     default = model.config._attn_implementation
     try:
-        found, tolerance = _own(model, items, "cpu")
+        found, tolerance = own_log_probs(model, items, "cpu")
         model.set_attn_implementation("eager")
-        expected, _ = _own(model, items, "cpu")
+        expected, _ = own_log_probs(model, items, "cpu")
     except Exception:  # it has one implementation alone, or fails in any: then the comparison says so
         return None
     finally:
         model.set_attn_implementation(default)
-    lengths = torch.tensor([len(response) for _, response in _singles(items)])
+    lengths = torch.tensor([len(response) for _, response in singles(items)])
     return "eager" if bool(((found - expected).abs() / lengths > tolerance).any()) else None
 
 
@@ -168,146 +148,3 @@ def _agreed(verdict: Verdict) -> Verdict:
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, verdict)
     return min(found, key=lambda item: ("refused", "padded", "packed").index(item.way))
-
-
-# --- the comparison ---------------------------------------------------------------------------------------------
-def compare(
-    module: ResponseLogProbs,
-    items: Sequence[Item],
-    device: torch.device | str,
-    known: Verdict | None = None,
-    in_training: bool = False,
-) -> Verdict:
-    """
-    Args:
-        module: in evaluation mode.
-        known: what the small copy said; what it found padded is not tried packed.
-        in_training: also in training mode, where chance and changes of weights would show.
-    """
-    head = "product" if module.head.own.plain else "own"
-    small = known is None
-    try:
-        module.take(packed=False)
-        expected, tolerance = _own(module.model, items, device)
-    except Exception as error:  # models raise what they like
-        reason = f"its own forward pass fails: {first_line(error)}"
-        return Verdict("unknown" if small else "refused", reason, head)
-    if not torch.isfinite(expected).all():
-        return Verdict("unknown" if small else "refused", "its own log-probs are not finite", head)
-    rows = pad(items, _pad_id(module.model.config))
-    lengths = rows.lengths.float()
-    found = _difference(module, rows, expected, lengths, device)
-    if in_training and not isinstance(found, str):
-        with _training(module):
-            trained = _difference(module, rows, expected, lengths, device)
-        found = trained if isinstance(trained, str) else max(found, trained)
-    if (reason := _said(found, tolerance, "padded")) or (
-        reason := _hears_later(module.model, items, device, tolerance)
-    ):
-        return Verdict("refused", reason, head)
-    if known is not None and known.way == "padded":
-        return Verdict("padded", known.reason, head)
-    try:
-        module.take(packed=True)
-    except Exception as error:
-        module.take(packed=False)
-        return Verdict("padded", first_line(error), head)
-    reason = _said(_difference(module, pack(items), expected, lengths, device), tolerance, "packed")
-    module.take(packed=False)
-    return Verdict("padded" if reason else "packed", reason, head)
-
-
-@contextmanager
-def _training(module: ResponseLogProbs) -> Iterator[None]:
-    module.train()
-    try:
-        yield
-    finally:
-        module.eval()
-
-
-@torch.no_grad()
-def _own(model: Any, items: Sequence[Item], device: torch.device | str) -> tuple[Tensor, float]:
-    """(sums of log-probs by the definition, each response alone, float32 [R]; what per token passes for equal)."""
-    sums, spreads = [], []
-    for prompt, response in _singles(items):
-        logits = _logits(model, np.concatenate([prompt, response]), device)[len(prompt) - 1 : -1]
-        targets = torch.from_numpy(response.astype(np.int64)).to(logits.device)
-        sums.append(logits.log_softmax(dim=-1).gather(1, targets[:, None]).sum())
-        spreads.append(logits.std(dim=-1).mean())
-    return torch.stack(sums).cpu(), _tolerance(model, float(torch.stack(spreads).mean()))
-
-
-def _tolerance(model: Any, spread: float) -> float:
-    """Nats per token that rounding may make: of what every layer writes in the model's type, and of float32 sums."""
-    config = model.config.get_text_config()
-    kind = next((p.dtype for p in model.parameters() if p.dtype.is_floating_point), torch.float32)
-    layers, width = getattr(config, "num_hidden_layers", 32), getattr(config, "hidden_size", 4096)
-    rounding = torch.finfo(kind).eps / 2 + torch.finfo(torch.float32).eps / 2 * width**0.5
-    return float(SLACK * max(spread, 1.0) * (2 * layers + 2) ** 0.5 * rounding)
-
-
-def _hears_later(model: Any, items: Sequence[Item], device: torch.device | str, tolerance: float) -> str:
-    """Why it is no causal model: a text's first logits change with what comes after."""
-    prompt, response = next(_singles(items))
-    whole = np.concatenate([prompt, response])
-    with torch.no_grad():
-        short = _logits(model, whole[: len(prompt)], device).log_softmax(dim=-1)
-        long = _logits(model, whole, device)[: len(prompt)].log_softmax(dim=-1)
-    moved = float((short - long).abs().mean())
-    return f"its tokens see what comes after them (by {moved:.3g} nats)" if not moved <= tolerance else ""
-
-
-def _logits(model: Any, ids: Any, device: torch.device | str) -> Tensor:
-    """float32 [T, V] of the plain forward pass."""
-    row = torch.from_numpy(ids.astype(np.int64)).to(device)[None]
-    found = model(input_ids=row, attention_mask=torch.ones_like(row), use_cache=False)
-    logits: Tensor = found.logits if hasattr(found, "logits") else found[0]
-    return logits[0].float()
-
-
-@torch.no_grad()
-def _difference(
-    module: ResponseLogProbs, inputs: Inputs, expected: Tensor, lengths: Tensor, device: torch.device | str
-) -> float | str:
-    """The largest difference in nats per token; or what went wrong."""
-    try:
-        found = module(**inputs.to(device).arguments()).float().cpu()
-    except Exception as error:
-        return first_line(error)
-    return float(((found - expected).abs() / lengths).nan_to_num(nan=float("inf")).max())
-
-
-def _said(found: float | str, tolerance: float, way: str) -> str:
-    if isinstance(found, str):
-        return f"{way} rows fail: {found}"
-    if found > tolerance:
-        return f"log-probs of {way} rows differ from the model's own by {found:.3g} nats per token"
-    return ""
-
-
-def _singles(items: Sequence[Item]) -> Iterator[tuple[Any, Any]]:
-    return ((prompt, response) for prompt, responses in items for response in responses)
-
-
-def texts(model: Any, sizes: Sequence[tuple[int, list[int]]]) -> list[Item]:
-    """Random tokens that are none of the special ones, always the same."""
-    config = model.config.get_text_config()
-    special = set(_special(model.config.to_dict()))
-    allowed = np.array([token for token in range(min(config.vocab_size, 4096)) if token not in special], np.int32)
-    draw = np.random.default_rng(0).choice
-    return [(draw(allowed, prompt), [draw(allowed, count) for count in responses]) for prompt, responses in sizes]
-
-
-def _special(settings: dict[str, Any]) -> Iterator[int]:
-    for name, value in settings.items():
-        if isinstance(value, dict):
-            yield from _special(value)
-        elif str(name).endswith(("_token_id", "_index", "_idx")):
-            yield from (item for item in (value if isinstance(value, list) else [value]) if isinstance(item, int))
-
-
-def _pad_id(config: Any) -> int:
-    config = config.get_text_config()
-    found = (getattr(config, name, None) for name in ("pad_token_id", "eos_token_id"))
-    return next((item for item in found if isinstance(item, int) and 0 <= item < config.vocab_size), 0)

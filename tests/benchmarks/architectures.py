@@ -30,6 +30,7 @@ COMPLETED: dict[str, dict[str, Any]] = {
     "hunyuan_v1_dense": {"head_dim": 128},
     "hunyuan_v1_moe": {"head_dim": 128},
     "ministral": {"head_dim": 128},
+    "lfm2": {"layer_types": ["conv", "full_attention"] * 16},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 16},
     "nemotron": {"num_key_value_heads": 8},
     "reformer": {"is_decoder": True},
@@ -70,8 +71,10 @@ def table(found: dict[str, dict[str, Any]]) -> str:
     for kind, item in found.items():
         more = [item["reason"].replace("|", "\\|")] if "reason" in item else []
         more += ["own head"] if "head" in item else []
-        more += [f"{item['attention']} attention, transformers' default leaves something out"] * ("attention" in item)
-        more += [f"texts of at most {item['longest']} tokens"] * ("longest" in item)
+        more += (
+            [f"{item['attention']} attention, as the default one leaves something out"] if "attention" in item else []
+        )
+        more += [f"texts of at most {item['longest']} tokens"] if "longest" in item else []
         lines.append(f"| `{kind}` | {item['way']} | {'; '.join(more)} |")
     return "\n".join(lines) + "\n"
 
