@@ -11,8 +11,8 @@ from deltaray.recipe.models import Student
 from deltaray.recipe.training import Lora
 from deltaray.train.attention import PACKED, can_pack
 from deltaray.train.logprobs import ResponseLogProbs
+from deltaray.weights.adapters import fill_adapter
 from deltaray.weights.fit import misfit
-from deltaray.weights.headers import and_others
 
 
 def load_module(student: Student, dtype: str, lora: Lora | None = None, start: str | None = None) -> ResponseLogProbs:
@@ -73,7 +73,7 @@ def _keep_four_bits(model: nn.Module) -> None:
 
 
 def _with_adapter(model: Any, lora: Lora, start: str | None) -> Any:
-    from peft import LoraConfig, get_peft_model, load_peft_weights, set_peft_model_state_dict
+    from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
         task_type="CAUSAL_LM",
@@ -87,22 +87,8 @@ def _with_adapter(model: Any, lora: Lora, start: str | None) -> Any:
     except ValueError as error:
         raise StageError(f"lora.targets: {str(error).splitlines()[0]}") from None
     if start is not None:
-        try:
-            loaded = set_peft_model_state_dict(adapted, load_peft_weights(start, device="cpu"))
-        except RuntimeError as error:  # another shape; the first line names the class alone
-            raise StageError(f"{start}: {' '.join(str(error).split())}") from None
-        if wrong := _misplaced(loaded):
-            raise StageError(f"{start}: {wrong}; it is no adapter with these settings of this student")
+        fill_adapter(adapted, start)
     return adapted
-
-
-def _misplaced(loaded: Any) -> str | None:
-    """What of an adapter found no place, or which place got nothing; the frozen student's own weights do not count."""
-    if loaded.unexpected_keys:
-        names = sorted(loaded.unexpected_keys)
-        return f"holds {names[0]}{and_others(names)}, which the adapter has no place for"
-    names = sorted(key for key in loaded.missing_keys if ".lora_" in key)
-    return f"holds no {names[0]}{and_others(names)}" if names else None
 
 
 def _switch_dropout_off(model: nn.Module) -> None:
