@@ -21,8 +21,8 @@ WEIGHT_SUFFIXES = (
 WEIGHT_NAMES = ("params.json", "consolidated.*", "optimizer*", "scheduler*", "rng_state*", "training_args*")
 """Meta's and Mistral's own formats, and the states of a training that goes on."""
 RESULTS = ("trainer_state.json", "*_results.json", "*_log_history.json", "merge.json", "adapter_config.json")
-CONFIGURATION = ("config.json", "generation_config.json", "adapter_config.json", "merges.txt", "tekken.json")
-CONFIGURATION_STARTS = ("tokenizer", "vocab", "special_tokens_map", "added_tokens", "chat_template")
+CONFIGURATION = ("config.json", "generation_config.json", "adapter_config.json", "merges.txt")
+CONFIGURATION_STARTS = ("tokenizer", "vocab", "special_tokens_map", "added_tokens", "chat_template", "tekken")
 CONFIGURATION_SUFFIXES = (".jinja", ".model", ".tiktoken", ".py", "processor_config.json", ".spm")
 LICENCES = ("license", "licence", "notice", "copying", "use_policy", "usage_policy")
 DOCUMENTS = (".md", ".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp", ".pdf", ".html", ".ipynb", ".log", ".rst")
