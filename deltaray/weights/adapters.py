@@ -5,6 +5,7 @@ vLLM leaves out what it finds no module for, without a word, so that the model w
 
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,10 @@ def check_adapter(folder: Path, key: str, skeleton: Any, held: Mapping[str, Held
 
 
 def _rows(skeleton: Any) -> int | None:
-    return None if skeleton is None else int(skeleton.get_input_embeddings().weight.shape[0])
+    """Rows of the embedding, where it can be had."""
+    with suppress(NotImplementedError, AttributeError):
+        return int(skeleton.get_input_embeddings().weight.shape[0])
+    return None
 
 
 def _modules(tensors: Mapping[str, Held], where: str, rows: int | None) -> dict[str, dict[str, str]]:
