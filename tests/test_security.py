@@ -21,7 +21,7 @@ from deltaray.errors import UserError
 from deltaray.recipe import Recipe, load_recipe
 from deltaray.recipe.models import Model, Student, Teacher
 from deltaray.recipe.scorers import RewardModel
-from deltaray.runtime.check_models import check_model
+from deltaray.runtime.preflight import check_model
 from deltaray.score.rewards import RewardWorker
 from deltaray.store import Store
 from deltaray.train.student import load_module

@@ -4,10 +4,10 @@ from typing import Any
 
 from torch import nn
 
-from deltaray.errors import StageError, UserError
+from deltaray.errors import UserError
 from deltaray.recipe.training import Lora
 from deltaray.train.experts import expert_blocks
-from deltaray.weights.headers import and_others
+from deltaray.weights.adapters import fill_adapter
 
 ALL = "all-linear"
 
@@ -38,28 +38,8 @@ def with_adapter(model: Any, lora: Lora, start: str | None = None) -> Any:
     if parameters := adapted.peft_config["default"].target_parameters:
         raise UserError(_experts_hit(lora, sorted(parameters)))
     if start is not None:
-        _fill(adapted, start)
+        fill_adapter(adapted, start)
     return adapted
-
-
-def _fill(adapted: Any, start: str) -> None:
-    from peft import load_peft_weights, set_peft_model_state_dict
-
-    try:
-        loaded = set_peft_model_state_dict(adapted, load_peft_weights(start, device="cpu"))
-    except RuntimeError as error:  # another shape; the first line names the class alone
-        raise StageError(f"{start}: {' '.join(str(error).split())}") from None
-    if wrong := _misplaced(loaded):
-        raise StageError(f"{start}: {wrong}; it is no adapter with these settings of this student")
-
-
-def _misplaced(loaded: Any) -> str | None:
-    """What of an adapter found no place, or which place got nothing; the frozen student's own weights do not count."""
-    if loaded.unexpected_keys:
-        names = sorted(loaded.unexpected_keys)
-        return f"holds {names[0]}{and_others(names)}, which the adapter has no place for"
-    names = sorted(key for key in loaded.missing_keys if ".lora_" in key)
-    return f"holds no {names[0]}{and_others(names)}" if names else None
 
 
 def targets_of(model: nn.Module, lora: Lora) -> str | list[str]:

@@ -1,14 +1,15 @@
-"""A LoRA adapter's files against the model that it is served on: every tensor must have its place there.
+"""A LoRA adapter's files against the model that it is served or trained on: every tensor must have its place there.
 
 vLLM leaves out what it finds no module for, without a word, so that the model would answer as if it had no adapter.
 """
 
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from deltaray.errors import UserError
+from deltaray.errors import StageError, UserError
 from deltaray.generate.spec import lora_rank
 from deltaray.merge.adapter import BASE_COPY, CONFIG, LORA, PREFIX, WEIGHTS
 from deltaray.weights.headers import Held, and_others, tensors_of_file
@@ -43,7 +44,10 @@ def check_adapter(folder: Path, key: str, skeleton: Any, held: Mapping[str, Held
 
 
 def _rows(skeleton: Any) -> int | None:
-    return None if skeleton is None else int(skeleton.get_input_embeddings().weight.shape[0])
+    """Rows of the embedding, where it can be had."""
+    with suppress(NotImplementedError, AttributeError):
+        return int(skeleton.get_input_embeddings().weight.shape[0])
+    return None
 
 
 def _modules(tensors: Mapping[str, Held], where: str, rows: int | None) -> dict[str, dict[str, str]]:
@@ -114,3 +118,25 @@ def _matrices(skeleton: Any) -> Iterator[tuple[str, tuple[int, ...]]]:
         weight = getattr(module, "weight", None)
         if weight is not None and weight.ndim == 2:
             yield name, tuple(weight.shape)
+
+
+# --- to go on training --------------------------------------------------------------------------------------------
+def fill_adapter(adapted: Any, folder: str) -> None:
+    """Loads a saved adapter's weights into a fresh one of the same settings.
+
+    Raises:
+        StageError: a tensor has no place, another shape, or a place got none.
+    """
+    from peft import load_peft_weights, set_peft_model_state_dict
+
+    try:
+        loaded = set_peft_model_state_dict(adapted, load_peft_weights(folder, device="cpu"))
+    except RuntimeError as error:  # another shape; the first line names the class alone
+        raise StageError(f"{folder}: {' '.join(str(error).split())}") from None
+    wrong = None
+    if strange := sorted(loaded.unexpected_keys):
+        wrong = f"holds {strange[0]}{and_others(strange)}, which the adapter has no place for"
+    elif missing := sorted(key for key in loaded.missing_keys if ".lora_" in key):  # the frozen base's do not count
+        wrong = f"holds no {missing[0]}{and_others(missing)}"
+    if wrong:
+        raise StageError(f"{folder}: {wrong}; it is no adapter with these settings of this student")
