@@ -127,7 +127,9 @@ def test_students_are_not_trained_on_pairs_of_other_responses(study: Study, stor
     assert outdated(store, study.runs["delta"]) is None
     rewrite(store, first_file(store, Store.responses("weak")), RESPONSES, text="9")
     store.delete([f"{Store.student('delta')}/.complete"])
-    with pytest.raises(UserError, match=r"pairing all: its responses or scores are others .* run `deltaray pair` first"):
+    with pytest.raises(
+        UserError, match=r"pairing all: its responses or scores are others .* run `deltaray pair` first"
+    ):
         stages.train()
 
 
