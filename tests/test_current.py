@@ -17,12 +17,13 @@ from deltaray.pair.stage import inputs_of, is_paired
 from deltaray.recipe import Recipe, Study, expand
 from deltaray.recipe.filters import DuplicatePrompt
 from deltaray.reference.blocks import blocks_of, missing_blocks
+from deltaray.report import is_reported, write_report
 from deltaray.score.compare import AGREEMENT, is_compared
 from deltaray.score.compare import _inputs as compared
 from deltaray.score.stage import missing_scores, score_file
 from deltaray.stages import Stages
 from deltaray.store import Store
-from deltaray.train.outdated import note_pairs, outdated
+from deltaray.train.outdated import note_pairs, outdated_in
 
 SCORE = {"prompt_id": "p000", "sample": 0, "score": 1.0, "note": None, "parts": None}
 
@@ -124,8 +125,10 @@ def test_students_are_not_trained_on_pairs_of_other_responses(study: Study, stor
     stages = Stages(study, store, SimpleNamespace(say=lambda *_: None), False)  # type: ignore[arg-type]
     note_pairs(store, "delta", ["all"])
     store.write_bytes(f"{Store.student('delta')}/.complete", b"")
-    assert outdated(store, study.runs["delta"]) is None
+    assert not list(outdated_in(study, store))
     rewrite(store, first_file(store, Store.responses("weak")), RESPONSES, text="9")
+    [note] = outdated_in(study, store)
+    assert note.startswith("delta was trained on pairs of all whose responses or scores changed since; run `deltaray")
     store.delete([f"{Store.student('delta')}/.complete"])
     with pytest.raises(
         UserError, match=r"pairing all: its responses or scores are others .* run `deltaray pair` first"
@@ -141,6 +144,14 @@ def test_agreement_summaries_and_filters_follow_contents(study: Study, store: St
     before = filter_digest(store, DuplicatePrompt(kind="duplicate_prompt"))
     ask(store, 6, 2)
     assert filter_digest(store, DuplicatePrompt(kind="duplicate_prompt")) != before
+
+
+def test_a_report_of_other_files_is_written_again(store: Store) -> None:
+    assert not is_reported(store)
+    write_report(store)
+    assert is_reported(store)
+    store.write_table(Store.pair_shard("all", "part-00001"), PAIRS.empty_table(), PAIRS)
+    assert not is_reported(store)
 
 
 def test_a_summary_of_other_answers_is_not_the_last_word(study: Study, store: Store) -> None:
