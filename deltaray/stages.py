@@ -148,12 +148,11 @@ class Stages:
     # --- students -------------------------------------------------------------------------------------------------
     def train(self) -> None:
         from deltaray.pair.stage import is_paired
-        from deltaray.train.outdated import outdated
+        from deltaray.train.outdated import outdated_in
         from deltaray.train.stage import train
 
-        for run in self.study.runs.values():
-            if note := outdated(self.store, run):
-                self.runner.say("train", note)
+        for note in outdated_in(self.study, self.store):
+            self.runner.say("train", note)
         runs = [run for run in self.study.runs.values() if not self.store.trained(run.name)]
         if not runs:
             return self.runner.nothing("train", f"{len(self.study.runs)} students are trained")
@@ -232,10 +231,14 @@ class Stages:
 
     def tune(self) -> None:
         """What all trials share, once; then the trials."""
+        from deltaray.train.outdated import outdated_in
         from deltaray.tune.conclude import conclude
         from deltaray.tune.records import read_records
+        from deltaray.tune.shared import sharing_trials, study_of
         from deltaray.tune.stage import Explorer
 
+        for note in outdated_in(study_of(self.study, sharing_trials(self.study)), self.store):
+            self.runner.say("tune", note)
         explorer = Explorer(self.study, self.store, self.retry_failed)
         left = explorer.left()
         if left:
@@ -292,8 +295,8 @@ class Stages:
         return bool(units)
 
     def report(self) -> None:
-        from deltaray.report import write_report
+        from deltaray.report import is_reported, write_report
 
-        if not self.runner.worked and self.store.exists("report.html"):
+        if not self.runner.worked and is_reported(self.store):
             return self.runner.nothing("report", self.store.address("report.html"))
         self.runner.terminal.say(f"report: {write_report(self.store)}")

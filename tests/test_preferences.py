@@ -225,6 +225,8 @@ def test_thoughts_and_calls_of_an_answer_are_kept_or_counted(
         ({"prompt": [USER], "chosen": [{"role": "user", "content": "?"}, *side("4")]}, "say different things"),
         ({"prompt": "?", "chosen": [USER, *side("4")]}, "`prompt` and the turns of `chosen` say different things"),
         ({"prompt": " "}, "`prompt` is empty"),
+        ({"chosen": json.dumps(side("4"))}, "`chosen` is text that holds turns; write turns as a list"),
+        ({"prompt": str([USER])}, "`prompt` is text that holds turns; write turns as a list"),
         ({"prompt": {"text": "?"}}, "`prompt` must be text, or turns"),
         ({"chosen": {"from": "gpt", "value": "4"}}, "must be text, or turns {role, content}"),
     ],

@@ -13,8 +13,9 @@ from functools import lru_cache, partial
 from typing import Any
 
 from deltaray.errors import UserError
-from deltaray.prompts import read_prompts
-from deltaray.prompts.formats import files_of
+from deltaray.prompts.formats import files_of, open_rows, place
+from deltaray.prompts.rows import prompt_row
+from deltaray.prompts.turns import RowError
 from deltaray.recipe.filters import Contaminated, DuplicatePrompt
 from deltaray.runtime.stream import map_units
 from deltaray.store import Store
@@ -122,13 +123,22 @@ def _ngrams(words: Sequence[str], size: int) -> Iterator[str]:
 # --- contamination ------------------------------------------------------------------------------------------------
 def _contaminated(store: Store, item: Contaminated) -> dict[str, list[str]]:
     """The questions go through the store: the nodes of a cluster need not see the benchmark files."""
-    rows = (row for path in item.paths for row in read_prompts(path, BENCHMARKS, None, True))
-    questions = ["\n".join(turn["content"] for turn in row["messages"]) for row in rows]
+    questions = list(dict.fromkeys(question for path in item.paths for question in _questions(path)))
     path = f"{FOLDER}/questions-{filter_digest(store, item)}.json"
     store.write_json(path, questions)
     common = {"questions": path, "ngram": item.ngram, "share": item.share}
     units = [{"shard": shard, **common} for shard in store.committed(Store.prompts)]
     return {it["shard"]: it["dropped"] for it in map_units(units, partial(contaminated_shard, store))}
+
+
+def _questions(path: str) -> Iterator[str]:
+    """What a benchmark file asks, whatever it calls its rows."""
+    for number, raw in open_rows(path, BENCHMARKS):
+        try:
+            row = prompt_row(raw | {"id": None})
+        except RowError as error:
+            raise UserError(f"{place(path, number)}: {error}") from None
+        yield "\n".join(turn["content"] for turn in row["messages"])
 
 
 def contaminated_shard(store: Store, unit: dict[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,17 @@
 from typing import Any, NamedTuple
 
 from deltaray.prompts.rows import is_unicode, not_unicode, replaced
-from deltaray.prompts.turns import CALLS, RowError, Turn, agrees, same_beginning, short, thoughts_of, turns_of
+from deltaray.prompts.turns import (
+    CALLS,
+    RowError,
+    Turn,
+    agrees,
+    refuse_written_turns,
+    same_beginning,
+    short,
+    thoughts_of,
+    turns_of,
+)
 
 CALLS_TOOLS = "answer calls tools"
 NOT_UNICODE = "answer not Unicode"
@@ -29,6 +39,7 @@ def split_side(raw: dict[str, Any], side: str) -> tuple[list[Turn], Answer]:
     """
     value, prompt = raw[side], raw.get("prompt")
     if isinstance(value, str):
+        refuse_written_turns(value, side)
         if prompt is None or prompt == []:
             raise RowError(f"`{side}` is text, so the row needs a `prompt`")
         return _start(prompt), answer_of({"role": "assistant", "content": value}, side)
@@ -55,6 +66,7 @@ def _who(turns: list[dict[str, Any]]) -> str:
 def _start(prompt: Any) -> list[Turn]:
     """The turns that `prompt` is."""
     if isinstance(prompt, str):
+        refuse_written_turns(prompt, "prompt")
         if not prompt.strip():
             raise RowError("`prompt` is empty; write the user's question")
         return [{"role": "user", "content": prompt}]

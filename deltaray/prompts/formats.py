@@ -21,7 +21,7 @@ READERS = (*TEXT_READERS, ".parquet")
 SHOWN_NAMES = 20
 UNREAD = (
     "system", "system_prompt", "instruction", "input", "context", "documents", "tools", "functions", "image", "images",
-    "video", "videos", "audio", "audios",
+    "video", "videos", "audio", "audios", "reasoning", "thinking", "chosen_reasoning", "rejected_reasoning",
 )  # fmt: skip
 """Columns that mean something to an answer: the user hears of those that are not read."""
 

@@ -13,6 +13,7 @@ from deltaray.prompts.turns import (
     checked_turns,
     conversation_json,
     plain_turns,
+    refuse_written_turns,
     short,
     with_system,
 )
@@ -83,6 +84,7 @@ def _turns(raw: dict[str, Any]) -> list[Turn]:
     if messages is None and not isinstance(prompt, list):
         if not isinstance(prompt, str) or not prompt or prompt.isspace():
             raise RowError("`prompt` is empty or not text; write the user's question")
+        refuse_written_turns(prompt, "prompt")
         return with_system([{"role": "user", "content": prompt}], raw.get("system"))
     turns = checked_turns(prompt if messages is None else messages)
     if messages is not None and not agrees(prompt, turns):

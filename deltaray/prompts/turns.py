@@ -6,6 +6,7 @@ into one text of JSON, untouched, and from there to the chat templates; so do th
 """
 
 import json
+import re
 from typing import Any
 
 Turn = dict[str, Any]
@@ -20,6 +21,7 @@ CALLS = ("tool_calls", "function_call")
 TOOL_FIELDS = (*CALLS, "tool_call_id", "name", *THOUGHTS)
 TEXT_PARTS, THOUGHT_PARTS = ("text", "input_text", "output_text"), ("thinking", "reasoning")
 """Types of the parts of a turn's content that are read."""
+_WRITTEN = re.compile(r"""\s*\[\s*\{\s*["'](role|content)["']\s*:""")
 SHOWN_CHARACTERS = 80
 """Of a text in a message."""
 
@@ -110,6 +112,12 @@ def thoughts_of(turn: Turn) -> str | None:
     if len(set(found)) > 1:
         raise RowError(f"a turn has two different thoughts ({', '.join(name for name in THOUGHTS if turn.get(name))})")
     return found[0] if found and found[0].strip() else None
+
+
+def refuse_written_turns(text: str, column: str) -> None:
+    """RowError if a text is the JSON, or Python's way, of turns: as a text it would be taken word by word."""
+    if _WRITTEN.match(text):
+        raise RowError(f"`{column}` is text that holds turns; write turns as a list (JSON Lines or Parquet, not CSV)")
 
 
 def with_system(turns: list[Turn], system: Any) -> list[Turn]:

@@ -18,10 +18,11 @@ from deltaray.store import Store
 from . import aggregation, charts, comparisons, deltas, landscape, merging, series, tables, theory
 from .model import Pairing, Study
 from .read import read_study
-from .remote import local_copy
+from .remote import local_copy, state_of
 from .summary import summarize
 
 HERE = Path(__file__).parent
+REPORTED = ".deltaray/report.json"
 MAX_PAIRS = 2000
 """Pairs per pairing that a page embeds."""
 
@@ -37,10 +38,18 @@ def write_report(store: Store) -> str:
     Raises:
         StageError: the disk is full.
     """
+    state = state_of(store)
     with local_copy(store) as out:
         page = render(read_study(out, MAX_PAIRS))
     store.write_bytes("report.html", page.encode("utf-8", errors="replace"))
+    store.write_json(REPORTED, {"state": state})
     return store.address("report.html")
+
+
+def is_reported(store: Store) -> bool:
+    """Whether the page is there and tells of the files that are there now."""
+    there = store.exists("report.html") and store.exists(REPORTED)
+    return there and store.read_json(REPORTED)["state"] == state_of(store)
 
 
 def render(study: Study) -> str:

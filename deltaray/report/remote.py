@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,6 +36,15 @@ def _wanted(store: Store) -> list[str]:
     merges = store.listing("adapters", "/merge.json")
     tuning = [*store.committed(Store.trials, ".json"), *store.committed("tuning", "landscape.json")]
     return [*single, *pairs, *removed, *training, *merges, *tuning, *store.committed("evaluation", ".json")]
+
+
+def state_of(store: Store) -> str:
+    """Tells apart what a report is made of, by the sizes and times of the files."""
+    listed = [("pairs", ".parquet"), ("pairs", ".json"), ("training", "/metrics.jsonl"), ("adapters", "/merge.json")]
+    listed += [("tuning", ".json"), ("evaluation", ".json")]
+    files = [item for place in listed for item in store.listing(*place).items()]
+    text = "\n".join(f"{path} {it.size} {it.mtime_ns}" for path, it in files)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _fetch(store: Store, folder: Path, path: str) -> None:

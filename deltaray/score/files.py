@@ -49,20 +49,25 @@ def missing_units(store: Store, scoring: Scoring) -> list[Unit]:
     scored = store.committed(scoring.destination)
     sources = dict(zip(map(shard_name, scored), together(store.source, scored), strict=True))
     units = []
-    for path in store.committed(scoring.responses):
-        name, made_from = shard_name(path), _made_from(store, scoring, path)
+    for path, made_from in _made_from(store, scoring).items():
+        name = shard_name(path)
         if name not in sources or sources[name] not in (None, made_from):
             destination = f"{scoring.destination}/{name}.parquet"
             units.append(asdict(scoring) | {"responses": path, "destination": destination, "made_from": made_from})
     return units
 
 
-def _made_from(store: Store, scoring: Scoring, path: str) -> str:
-    """The content of a file of responses, and of those that they are compared with."""
+def _made_from(store: Store, scoring: Scoring) -> dict[str, str]:
+    """By file of responses a digest of its content, and of those that it is compared with."""
     others = [] if scoring.others is None else store.committed(scoring.others)
-    shard = f"{shard_of(path)}-"
-    contents = [store.content(it) for it in (path, *(it for it in others if shard_name(it).startswith(shard)))]
-    return hashlib.sha256(" ".join(contents).encode()).hexdigest()[:16]
+    paths = [*store.committed(scoring.responses), *others]
+    contents = dict(zip(paths, together(store.content, paths), strict=True))
+    found = {}
+    for path in paths[: len(paths) - len(others)]:
+        shard = f"{shard_of(path)}-"
+        read = [path, *(it for it in others if shard_name(it).startswith(shard))]
+        found[path] = hashlib.sha256(" ".join(contents[it] for it in read).encode()).hexdigest()[:16]
+    return found
 
 
 def read_slices(store: Store, unit: Unit, messages: bool = False) -> Iterator[list[Asked]]:

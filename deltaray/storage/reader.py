@@ -97,7 +97,7 @@ class Reader:
         with self._open(path, schema) as file:
             table = file.read(columns=names)
             table = table.select(names) if names else table  # it comes in the file's order
-            return table.cast(wanted) if wanted else table
+            return table.cast(wanted) if wanted else table.replace_schema_metadata(None)
 
     def read_tables(
         self, folder: str, schema: pa.Schema, columns: list[str] | None = None, prefix: str = ""

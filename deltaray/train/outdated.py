@@ -1,8 +1,8 @@
 """Which pairs a student was trained on: pairs change when rows that failed are tried again, students do not."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
-from deltaray.recipe.study import TrainingRun
+from deltaray.recipe.study import Study, TrainingRun
 from deltaray.store import Store
 
 
@@ -21,6 +21,25 @@ def outdated(store: Store, run: TrainingRun) -> str | None:
     if not changed:
         return None
     return f"{run.name} was trained before the pairs of {', '.join(changed)} changed; remove {path} to train it anew"
+
+
+def outdated_in(study: Study, store: Store) -> Iterator[str]:
+    """What to tell the user of all trained runs: their pairs are others by now, or would be if they were made."""
+    from deltaray.pair.stage import is_paired
+
+    stale: dict[str, bool] = {}
+    for run in study.runs.values():
+        if note := outdated(store, run):
+            yield note
+        elif path := store.trained(run.name):
+            for name in run.pairings:
+                if name not in stale:
+                    stale[name] = store.made_from(name) is not None and not is_paired(study, store, name)
+            if old := [name for name in run.pairings if stale[name]]:
+                yield (
+                    f"{run.name} was trained on pairs of {', '.join(old)} whose responses or scores changed since; "
+                    f"run `deltaray pair`, and remove {path} to train it again"
+                )
 
 
 def _made_from(store: Store, pairings: Sequence[str]) -> dict[str, str | None]:
