@@ -6,6 +6,7 @@ Everything here is asked of the tokenizer once and kept on it, beside the templa
 import copy
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from functools import wraps
 from typing import Any, TypeVar
 
@@ -60,7 +61,7 @@ def turn_end(tokenizer: Any) -> int:
     Raises:
         ValueError: neither the template nor the tokenizer has one, or the template takes or shows no answer.
     """
-    text = written(tokenizer, ("user", ASKED), ("assistant", ANSWERED))
+    text = _answered(tokenizer)
     if ANSWERED not in text:
         raise ValueError("the chat template does not write what an assistant says")
     before, _, after = text.rpartition(ANSWERED)
@@ -76,10 +77,24 @@ def turn_end(tokenizer: Any) -> int:
     return int(tokenizer.eos_token_id)
 
 
+def _answered(tokenizer: Any) -> str:
+    """A prompt and its answer, behind a system turn where the template wants one."""
+    turns = ("user", ASKED), ("assistant", ANSWERED)
+    try:
+        return written(tokenizer, *turns)
+    except ValueError:
+        with suppress(ValueError):
+            return written(tokenizer, ("system", TOLD), *turns)
+        raise
+
+
 def _always_opens(tokenizer: Any) -> bool:
     """Whether the template begins an answer even where it was not asked to."""
-    asked = [written(tokenizer, ("user", ASKED), add_generation_prompt=opening) for opening in (False, True)]
-    return asked[0] == asked[1]
+    try:
+        asked = {written(tokenizer, ("user", ASKED), add_generation_prompt=opening) for opening in (False, True)}
+    except ValueError:
+        return False
+    return len(asked) == 1
 
 
 @_kept
