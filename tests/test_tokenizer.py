@@ -40,9 +40,9 @@ def asks(text: str) -> list[dict[str, Any]]:
 
 def made(folder: Path, template: Any = CHATML, settings: dict[str, Any] | None = None, **special: Any) -> Path:
     """A model folder with a byte-level tokenizer and no weights; `settings` go into tokenizer_config.json."""
-    backend = Tokenizer(
-        models.BPE(vocab={c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[])
-    )
+    shutil.rmtree(folder, ignore_errors=True)
+    alphabet = {character: place for place, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    backend = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(["<|im_start|>", "<|im_end|>", "<|stop|>"])
@@ -108,7 +108,9 @@ def test_the_engine_gets_a_copy_where_transformers_is_wrong_and_nothing_else(
 
 
 def test_a_prefix_that_the_configuration_asks_for_is_no_fault(tmp_path: Path) -> None:
-    path = made(tmp_path / "model", settings={"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": True})
+    tokens = dict.fromkeys(("bos_token", "unk_token"), "<|stop|>")
+    settings = {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": True}
+    path = made(tmp_path / "model", settings=settings, **tokens)
     (path / "config.json").write_text('{"model_type": "gpt2"}')
     tokenizer = loaded(path)
     assert not is_replaced(tokenizer)

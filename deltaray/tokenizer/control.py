@@ -48,15 +48,14 @@ def written(tokenizer: Any, *turns: tuple[str, str], **options: Any) -> str:
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, **_arguments(tokenizer) | options)
     except Exception as error:  # templates raise what they like
-        raise ValueError(
-            f"the chat template refuses a conversation of {len(turns)} turns: {first_line(error)}"
-        ) from None
+        roles = ", ".join(role for role, _ in turns)
+        raise ValueError(f"the chat template refuses turns of {roles}: {first_line(error)}") from None
     return str(text)
 
 
 @_kept
 def turn_end(tokenizer: Any) -> int:
-    """The id with which the template ends the last answer of a conversation; the tokenizer's end token if with none.
+    """The id with which the template ends the last answer; the tokenizer's end token where it writes none.
 
     Raises:
         ValueError: neither the template nor the tokenizer has one, or the template takes or shows no answer.
