@@ -7,6 +7,7 @@ from typing import Any
 
 from deltaray.prompts.turns import short
 from deltaray.runtime.failures import reason_of
+from deltaray.tokenizer.control import system_refusal
 from deltaray.tokenizer.render import ControlTokenError, foreign_tokens, rendered_ids
 
 Message = dict[str, Any]
@@ -20,7 +21,7 @@ class RefusedError(Exception):
 
 
 class NotShownError(RefusedError):
-    """The template leaves out what tools were asked or said."""
+    """The template leaves out a system turn, or what tools were asked or said."""
 
 
 def prompt_ids(tokenizer: Any, messages: Sequence[Message], tools: Tools | None = None) -> list[int]:
@@ -30,7 +31,7 @@ def prompt_ids(tokenizer: Any, messages: Sequence[Message], tools: Tools | None 
     one, it is given the other.
 
     Raises:
-        NotShownError: the template does not write a tool's name, a call or a tool's answer.
+        NotShownError: the template does not write a tool's name, a call, a tool's answer or the system turn.
         ControlTokenError: a turn holds control tokens that cannot be kept as text.
     """
     try:
@@ -47,6 +48,8 @@ def prompt_ids(tokenizer: Any, messages: Sequence[Message], tools: Tools | None 
 def _prompt_ids(tokenizer: Any, messages: Sequence[Message], tools: Tools | None) -> list[int]:
     if told := list(_told_by_tools(messages, tools)):
         _refuse_unshown(tokenizer, messages, tools, told)
+    if messages[0]["role"] == "system" and (refusal := system_refusal(tokenizer)):
+        raise NotShownError(refusal)
     return rendered_ids(tokenizer, messages, add_generation_prompt=True, **_given(tools))
 
 
@@ -74,12 +77,18 @@ def prompts_ids(
 ) -> tuple[list[list[int]], list[str | None]]:
     """(ids, refusals) of many prompts: one that the template or the tokenizer refuses has no ids but its reason."""
     each = list(zip(prompts, tools or [None] * len(prompts), strict=True))
-    if not any(given or any(_told_by_tools(turns, None)) or foreign_tokens(tokenizer, turns) for turns, given in each):
+    if not any(given or _is_special(tokenizer, turns) for turns, given in each):
         with suppress(Exception):  # all at once is several times faster; one by one it shows whose fault it is
             ids = _render(tokenizer, list(prompts), add_generation_prompt=True)
             return [list(of_one) for of_one in ids], [None] * len(each)
     results = [_ids_or_refusal(tokenizer, *prompt) for prompt in each]
     return [ids for ids, _ in results], [refusal for _, refusal in results]
+
+
+def _is_special(tokenizer: Any, turns: list[Message]) -> bool:
+    """Whether a prompt has to be looked at by itself."""
+    refused = turns[0]["role"] == "system" and system_refusal(tokenizer)
+    return bool(refused or any(_told_by_tools(turns, None)) or foreign_tokens(tokenizer, turns))
 
 
 def _ids_or_refusal(tokenizer: Any, messages: list[Message], tools: Tools | None) -> tuple[list[int], str | None]:

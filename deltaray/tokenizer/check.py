@@ -21,11 +21,11 @@ def check_tokenizer(model: Model, key: str) -> Any:
         UserError: with what to do; `key` names the recipe's section.
     """
     tokenizer = load_tokenizer(model, key)
-    system = _check_system(tokenizer, model, key)
-    turns = [*system, ("user", ASKED)]
+    turns = [*_needed(tokenizer), ("user", ASKED)]
     _check_shown(tokenizer, key, turns, add_generation_prompt=True)
     if isinstance(model, Student | RewardModel):
         _check_shown(tokenizer, key, [*turns, ("assistant", ANSWERED)])
+    _check_system(tokenizer, model, key)
     _check_end(tokenizer, model, key)
     if isinstance(tokenizer.chat_template, dict):
         names = ", ".join(sorted(tokenizer.chat_template))
@@ -49,22 +49,22 @@ def _check_shown(tokenizer: Any, key: str, turns: list[tuple[str, str]], **optio
             )
 
 
-def _check_system(tokenizer: Any, model: Model, key: str) -> list[tuple[str, str]]:
-    """The system turn without which the template takes no prompt; none, as a rule.
+def _needed(tokenizer: Any) -> list[tuple[str, str]]:
+    """The system turn without which the template takes no prompt; none, as a rule."""
+    try:
+        written(tokenizer, ("user", ASKED), add_generation_prompt=True)
+    except ValueError:
+        return [] if system_refusal(tokenizer) else [("system", TOLD)]
+    return []
 
-    A template may also refuse system turns or leave them out. That is a mistake where the recipe writes one.
-    """
+
+def _check_system(tokenizer: Any, model: Model, key: str) -> None:
+    """A template may refuse system turns or leave them out. That is a mistake where the recipe writes one."""
     reason = system_refusal(tokenizer)
     if reason and isinstance(model, Teacher) and model.system:
         raise UserError(f"{key}.system: {reason}; leave `system` out, or name another template in {key}.chat_template")
     if reason:
-        log.warning(f"{key}: {reason}; it gets no prompts that have one")
-        return []
-    try:
-        written(tokenizer, ("user", ASKED), add_generation_prompt=True)
-    except ValueError:
-        return [("system", TOLD)]
-    return []
+        log.warning(f"{key}: {reason}; prompts that have one fail with this reason")
 
 
 def _check_end(tokenizer: Any, model: Model, key: str) -> None:

@@ -6,6 +6,7 @@ Everything here is asked of the tokenizer once and kept on it, beside the templa
 import copy
 import json
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import wraps
 from typing import Any, TypeVar
 
@@ -52,9 +53,8 @@ def written(tokenizer: Any, *turns: tuple[str, str], last: Mapping[str, str] | N
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, **_arguments(tokenizer) | options)
     except Exception as error:  # templates raise what they like
-        raise ValueError(
-            f"the chat template refuses a conversation of {len(turns)} turns: {first_line(error)}"
-        ) from None
+        roles = ", ".join(role for role, _ in turns)
+        raise ValueError(f"the chat template refuses turns of {roles}: {first_line(error)}") from None
     return str(text)
 
 
@@ -72,7 +72,7 @@ def turn_end_ids(tokenizer: Any) -> tuple[int, ...]:
     Raises:
         ValueError: neither the template nor the tokenizer has one, or the template takes or shows no answer.
     """
-    text = written(tokenizer, ("user", ASKED), ("assistant", ANSWERED))
+    text = _answered(tokenizer)
     if ANSWERED not in text:
         raise ValueError("the chat template does not write what an assistant says")
     before, _, after = text.rpartition(ANSWERED)
@@ -89,10 +89,24 @@ def turn_end_ids(tokenizer: Any) -> tuple[int, ...]:
     return tuple(known[token] for token in found) or (int(tokenizer.eos_token_id),)
 
 
+def _answered(tokenizer: Any) -> str:
+    """A prompt and its answer, behind a system turn where the template wants one."""
+    turns = ("user", ASKED), ("assistant", ANSWERED)
+    try:
+        return written(tokenizer, *turns)
+    except ValueError:
+        with suppress(ValueError):
+            return written(tokenizer, ("system", TOLD), *turns)
+        raise
+
+
 def _always_opens(tokenizer: Any) -> bool:
     """Whether the template begins an answer even where it was not asked to."""
-    asked = [written(tokenizer, ("user", ASKED), add_generation_prompt=opening) for opening in (False, True)]
-    return asked[0] == asked[1]
+    try:
+        asked = {written(tokenizer, ("user", ASKED), add_generation_prompt=opening) for opening in (False, True)}
+    except ValueError:
+        return False
+    return len(asked) == 1
 
 
 @kept_with_template

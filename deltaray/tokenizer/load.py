@@ -79,7 +79,10 @@ def as_the_files_say(model: Model, key: str) -> Any:
             f"{key}.model: the tokenizer of {model.model!r} cannot be built as its {TOKENIZER} says: {still}; correct "
             "its tokenizer_config.json"
         )
-    _say_once(f"{key}.model: the tokenizer is read from {TOKENIZER} alone: transformers makes another of it: {wrong}")
+    _say_once(
+        f"{key}.model: the tokenizer of {model.model!r} is read from {TOKENIZER} alone: transformers makes another of "
+        f"it: {wrong}"
+    )
     return _marked(straight)
 
 
