@@ -16,6 +16,7 @@ import torch
 from conftest import ROOT
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from deltaray.cli import stages
 from deltaray.errors import UserError
 from deltaray.recipe import load_recipe, shipped_recipe
 from deltaray.recipe.scorers import IfEval
@@ -101,7 +102,7 @@ def test_layers_that_are_not_there_cannot_be_left_out(whole: LlamaForCausalLM, l
 def test_no_held_out_word_is_in_a_training_prompt() -> None:
     rows = task_rows()
     asked = {split: [row["prompt"] for row in lines] for split, lines in rows.items()}
-    assert {split: len(lines) for split, lines in rows.items()} == {"prompts": 240, "validation": 64, "evaluation": 192}
+    assert {split: len(lines) for split, lines in rows.items()} == {"prompts": 320, "validation": 64, "evaluation": 192}
     assert len(WORDS) == len(set(WORDS))
     words = {
         split: {word for text in lines for word in re.findall(r"\w+", text)} & set(WORDS)
@@ -144,6 +145,14 @@ def test_the_recipe_names_the_ladder() -> None:
     models = {Path(teacher.model).name for teacher in recipe.teachers.values()} | {Path(recipe.student.model).name}
     assert models == set(LADDER)
     assert all(Path(it.model).parent == Path(recipe.miniature.directory) for it in recipe.teachers.values())
+
+
+def test_the_demo_command_takes_the_real_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[tuple[str, list[str]]] = []
+    monkeypatch.setattr(stages, "run", lambda _, recipe, overrides: taken.append((recipe.stem, overrides)))
+    stages.demo(None, seeds=3, real=True, overrides=["unit_size=8"])  # type: ignore[arg-type]
+    stages.demo(None, seeds=1, real=False, overrides=[])  # type: ignore[arg-type]
+    assert taken == [("real", ["seeds=[0, 1, 2]", "out=runs/real-3-seeds", "unit_size=8"]), ("miniature", [])]
 
 
 @pytest.mark.skipif(not ladder_is_made(CACHE), reason="`make demo-real` has not made runs/smollm2 here")

@@ -25,7 +25,7 @@ WORDS = _WORDS.split()
 """Nouns whose plural ends in s or es."""
 HELD_OUT_WORDS = 60
 WORDS_PER_PROMPT = 4
-SIZES = {"prompts": 240, "validation": 64, "evaluation": 192}
+SIZES = {"prompts": 320, "validation": 64, "evaluation": 192}
 SEED = 15
 
 
