@@ -57,7 +57,7 @@ def _tried(settings: _Settings, trust_remote_code: bool) -> Verdict:
     if found.way != "refused" or longest is None:
         return found
     shorter = _try(settings.config, trust_remote_code, narrow=False)
-    if shorter.way == "refused":
+    if shorter.way in ("refused", "unknown"):
         return found
     # A packed row is longer than any text in it.
     return replace(shorter, way="padded", reason=f"beyond its window: {found.reason}", longest=longest)
