@@ -156,6 +156,15 @@ def test_what_is_wrong_beyond_a_window_is_padded_up_to_it(tmp_path):
         check_trainable(Student(model=str(tmp_path), max_length=4096), "student")
 
 
+def test_positions_that_depend_on_the_longest_text_bound_max_length(tmp_path):
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 48, "long_factor": [4.0] * 48, "rope_theta": 1e4}
+    found = AutoConfig.for_model("phi3", rope_parameters=rope | {"original_max_position_embeddings": 4096})
+    found.save_pretrained(tmp_path)
+    assert check_trainable(Student(model=str(tmp_path)), "student").packed
+    with pytest.raises(UserError, match="max_length is 5000; beyond 4096 tokens its position embeddings"):
+        check_trainable(Student(model=str(tmp_path), max_length=5000), "student")
+
+
 def test_a_small_copy_leaves_global_chance_alone():
     torch.manual_seed(3)
     expected = torch.rand(3)

@@ -28,6 +28,7 @@ class Verdict:
     head: str = ""  # "product", or "own": the logits are more than the output layer's product
     attention: str | None = None  # the implementation to use, where transformers' default computes something else
     longest: int | None = None  # tokens of a text beyond which it would be refused
+    beyond: str = ""  # why
 
     @property
     def packed(self) -> bool:

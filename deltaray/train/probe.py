@@ -20,7 +20,7 @@ from deltaray.train.compare import Verdict, compare, own_log_probs, singles, tex
 from deltaray.train.logprobs import ResponseLogProbs
 from deltaray.train.noise import switch_noise_off
 from deltaray.train.packing import Item
-from deltaray.train.small import narrowest, one_thread, small_copy
+from deltaray.train.small import narrowest, one_thread, small_copy, turning_point
 
 SMALL = [(9, [12]), (11, [9, 5]), (3, [4, 10])]
 LOADED = [(18, [12]), (20, [12, 9])]
@@ -54,13 +54,15 @@ def _judge(settings: _Settings, trust_remote_code: bool) -> Verdict:
 def _tried(settings: _Settings, trust_remote_code: bool) -> Verdict:
     found = _try(settings.config, trust_remote_code, narrow=True)
     longest = narrowest(settings.config)
-    if found.way != "refused" or longest is None:
-        return found
-    shorter = _try(settings.config, trust_remote_code, narrow=False)
-    if shorter.way == "refused":
-        return found
-    # A packed row is longer than any text in it.
-    return replace(shorter, way="padded", reason=f"beyond its window: {found.reason}", longest=longest)
+    if found.way == "refused" and longest is not None:
+        shorter = _try(settings.config, trust_remote_code, narrow=False)
+        if shorter.way not in ("refused", "unknown"):  # a packed row is longer than any text in it
+            reason = f"beyond its window of {longest} tokens {found.reason}"
+            return replace(shorter, way="padded", reason=reason, longest=longest, beyond=reason)
+    if (limit := turning_point(settings.config)) is not None:
+        reason = f"beyond {limit} tokens its position embeddings are others, for all texts that are computed together"
+        return replace(found, longest=limit, beyond=reason)
+    return found
 
 
 def _try(config: PreTrainedConfig, trust_remote_code: bool, narrow: bool) -> Verdict:
@@ -97,7 +99,7 @@ def _better_attention(model: Any, items: Sequence[Item]) -> str | None:
 
 def why_not(verdict: Verdict, max_length: int) -> str:
     if verdict.longest is not None and max_length > verdict.longest:
-        return f"max_length is {max_length}; {verdict.reason} (its window has {verdict.longest} tokens)"
+        return f"max_length is {max_length}; {verdict.beyond}"
     return verdict.reason if verdict.way == "refused" else ""
 
 

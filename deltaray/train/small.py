@@ -110,6 +110,17 @@ def narrowest(config: PreTrainedConfig) -> int | None:
     return min(windows(config.to_dict()), default=None)
 
 
+def turning_point(config: PreTrainedConfig) -> int | None:
+    """The length from which on rotary embeddings depend on the longest text of a batch; None if they never do."""
+    settings = config.get_text_config().to_dict()
+    for rope in (settings.get("rope_parameters"), settings.get("rope_scaling")):
+        if isinstance(rope, dict) and rope.get("rope_type", rope.get("type")) in ("dynamic", "longrope"):
+            original = rope.get("original_max_position_embeddings")
+            found = original or settings.get("original_max_position_embeddings") or settings["max_position_embeddings"]
+            return int(found)
+    return None
+
+
 def _build(config: PreTrainedConfig, trust_remote_code: bool) -> Any:
     def make() -> Any:
         return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code, dtype=torch.float32)
