@@ -209,7 +209,7 @@ def test_mistrals_own_file_is_enough(tmp_path: Path) -> None:
             "<|stop|>",
         ),
         (OPENING, "<|stop|>"),  # always opens an answer
-        ("{% for m in messages %}[ASK]{{ m.content }} \n</note><|im_end|>{% endfor %}", "</note>"),
+        ("{% for m in messages %}[ASK]{{ m.content }} \n</note><|im_end|>{% endfor %}", "<|im_end|>"),
     ],
 )
 def test_the_end_of_a_turn_is_the_templates(template: str, end: str, folder: Callable[..., Path]) -> None:

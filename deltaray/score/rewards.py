@@ -16,6 +16,7 @@ from deltaray.score.registry import section_of
 from deltaray.score.response import Score, unscored
 from deltaray.store import Store
 from deltaray.tokenizer import load_tokenizer
+from deltaray.tokenizer.render import rendered_ids
 from deltaray.weights.fit import SCORING, misfit
 
 
@@ -98,8 +99,7 @@ class RewardWorker:
 
     def _ids(self, turns: Sequence[Message]) -> list[int]:
         """Raises what the template or the tokenizer raises, and ValueError for a conversation without any token."""
-        arguments = self.tokenizer.template_arguments | {"tokenize": True, "return_dict": False}
-        ids = list(self.tokenizer.apply_chat_template(list(turns), **arguments))[-self.spec.max_length :]
+        ids = rendered_ids(self.tokenizer, turns)[-self.spec.max_length :]
         if not ids:
             raise ValueError("the chat template makes no token of the conversation")
         return ids
