@@ -12,7 +12,7 @@ from deltaray.recipe.training import Training
 from deltaray.reference.blocks import Block, missing_blocks
 from deltaray.runtime.failures import failure_of
 from deltaray.runtime.guard import guarded
-from deltaray.runtime.session import cluster_capacity, logs_of_ray
+from deltaray.runtime.session import cluster_capacity
 from deltaray.runtime.stream import quiet_ray_data
 from deltaray.store import Store
 from deltaray.tokens import complete_tokens
@@ -81,4 +81,4 @@ def _stream(study: Study, training: Training, store: Store, student: str, work: 
         for row in stream.iter_rows():
             yield Block(**row)
     except (ray.exceptions.RayError, ValueError) as error:
-        raise failure_of(f"reference pass of {student}", error, logs_of_ray()) from error
+        raise failure_of(f"reference pass of {student}", error) from error

@@ -95,10 +95,13 @@ def is_told(error: BaseException) -> bool:
     return any(not _says_nothing(it) for it in raised_in(error))
 
 
-def failure_of(what: str, error: BaseException, log: object) -> StageError | UserError:
-    """What the user is told of a failure: our own exception inside it, or else its cause, the log and how to go on."""
+def failure_of(what: str, error: BaseException, log: object = None) -> StageError | UserError:
+    """What the user is told of a failure: our own exception inside it, or else its cause, the log and how to go on.
+
+    Without a `log` the runner names its own, in which all of the error is.
+    """
     return told_in(error) or StageError(
-        f"{what} failed: {cause_of(error)}\nthe log is {log}\n"
+        f"{what} failed: {cause_of(error)}\n{'' if log is None else f'the log is {log}{chr(10)}'}"
         "what is committed is safe: fix the cause and run the same command again to resume"
     )
 

@@ -18,7 +18,7 @@ from deltaray.recipe.training import Training
 from deltaray.runtime.failures import failure_of
 from deltaray.runtime.guard import guard
 from deltaray.runtime.leftovers import release_groups
-from deltaray.runtime.session import Capacity, beside_driver, cluster_capacity, logs_of_ray
+from deltaray.runtime.session import Capacity, beside_driver, cluster_capacity
 from deltaray.runtime.threads import Job, as_room_allows
 from deltaray.store import Store
 from deltaray.train.network import NodeNetwork
@@ -108,7 +108,7 @@ def _fit(trainer: Callable[[], TorchTrainer], progress: Any, group: list[Trainin
             run = next((run.name for run in reversed(group) if run.name in begun), group[0].name)
             died = isinstance(getattr(error, "controller_failure", error), RayActorError)
             if not died or again > repeats:
-                raise failure_of(f"training {run}", error, logs_of_ray()) from error
+                raise failure_of(f"training {run}", error) from error
             ray.get(progress.note.remote(run, f"an actor of Ray Train died; starting the workers again ({again})"))
 
 
