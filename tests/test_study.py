@@ -85,6 +85,20 @@ def test_ids_sent_to_vllm_are_the_chat_templates_with_one_bos(study: StudyRun, p
             assert row["token_ids"][-1] == tokenizer.eos_token_id or row["finish_reason"] == "length"
 
 
+def test_training_sees_the_ids_that_vllm_wrote(study: StudyRun) -> None:
+    """All models of the family share one tokenizer."""
+    wrote = {
+        (it["prompt_id"], teacher): it
+        for teacher in TEACHERS
+        for it in rows(study.out / f"responses/teacher={teacher}")
+    }
+    for pair in rows(study.out / "pairs/pairing=delta"):
+        for side in ("chosen", "rejected"):
+            response = wrote[pair["prompt_id"], pair[f"{side}_model"]]
+            assert pair["prompt_token_ids"] == response["prompt_token_ids"]
+            assert response["finish_reason"] == "stop" and pair[f"{side}_token_ids"] == response["token_ids"]
+
+
 # --- pairs ----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("pairing", ["delta", "reversed", "wrong"])
 def test_pairs_and_funnel_keep_the_contract(study: StudyRun, prompts: dict[str, str], pairing: str) -> None:
