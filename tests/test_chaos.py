@@ -153,7 +153,7 @@ def test_units_of_a_sampling_that_was_left_wait_until_it_is_asked_for_again(tmp_
     marks = tmp_path / "marks"
     marks.mkdir()
     lab = Lab(tmp_path, prompts=6, shard_size=6, unit_size=2, behaviour=Behaviour(marks=str(marks)))
-    Crashing.left, Crashing.after = 8, False  # in the middle of the first teacher's units
+    Crashing.left, Crashing.after = 9, False  # in the middle of the first teacher's units
     with pytest.raises(CrashError):
         complete(study_of(lab), Crashing(str(lab.out)), lab.behaviour)
     units = lab.out / ".deltaray" / "units"

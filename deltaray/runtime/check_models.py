@@ -183,9 +183,12 @@ def _check_lengths(model: Model, key: str, config: Any) -> None:
     limit = positions(config)
     if limit is None:
         return
-    # Rotary positions go on beyond their limit, so only a length that was written down is taken at its word.
-    meant = "max_length" in model.model_fields_set or not is_rotary(config)
-    if isinstance(model, Student | RewardModel) and meant and model.max_length > limit:
+    # Rotary positions go on beyond their limit, so only a length that somebody chose is taken at its word.
+    if (
+        isinstance(model, Student | RewardModel)
+        and model.max_length > limit
+        and (model.max_length != type(model).model_fields["max_length"].default or not is_rotary(config))
+    ):
         raise UserError(
             f"{key}.max_length: {model.max_length:,} tokens, but {model.model} has positions for {limit:,}; write "
             f"{limit} or less"
