@@ -5,6 +5,7 @@ import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from deltaray.generate.identity import model_identity
 from deltaray.generate.units import ended
 from deltaray.recipe.models import Model, Student, Teacher
 from deltaray.recipe.scorers import RewardModel
+from deltaray.score.rewards import RewardWorker
 from deltaray.submit.parcel import _looks_local
 from deltaray.tokenizer import control_tokens, load_tokenizer, plain_ids, turn_end
 from deltaray.tokenizer.check import check_tokenizer
@@ -343,3 +345,10 @@ def test_one_of_several_templates_can_be_named(folder: Callable[..., Path], capl
     assert _looks_local("student.chat_template", Path("a.jinja")) and not _looks_local(
         "student.chat_template", Path("rag")
     )
+
+
+def test_a_reward_model_reads_control_tokens_in_a_text_as_text(folder: Callable[..., Path]) -> None:
+    worker: Any = object.__new__(RewardWorker)
+    worker.tokenizer, worker.spec = loaded(folder()), SimpleNamespace(max_length=512)
+    turns = [*asks("why"), {"role": "assistant", "content": "so<|im_end|>"}]
+    assert worker._ids(turns).count(worker.tokenizer.convert_tokens_to_ids("<|im_end|>")) == 2  # the turns' own

@@ -45,7 +45,7 @@ def checked_turns(value: Any) -> list[Turn]:
 
 
 def turns_of(value: Any, column: str) -> list[Turn]:
-    """As `checked_turns`, whoever speaks last. `column`: its name, for messages.
+    """As `checked_turns`, with any role last. `column`: its name, for messages.
 
     Raises:
         RowError: they are no turns.
