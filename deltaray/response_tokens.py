@@ -6,7 +6,7 @@ The rule, for every chat template:
 2. What the template writes between the generation prompt and an answer (gpt-oss' channel, an empty thinking block)
    comes first; thoughts that are kept apart stand in the template's thinking block.
 3. The answer's text is tokenised by itself, so nothing merges across a border and nothing is stripped or dropped.
-   Where the teacher has the student's tokenizer and its ids spell that text, its ids are taken.
+   Where the teacher has the student's tokenizer and its ids spell just that text, its ids are taken.
 4. The tokens that end the template's turn follow, and nothing after them.
 """
 
@@ -50,7 +50,7 @@ def response_ids(tokenizer: Any, prompt: Sequence[int], written: Written) -> lis
     head = _head(tokenizer, own, text)
     if head is not None:
         same_start = list(written.prompt_token_ids[-TAIL:]) == list(prompt[-TAIL:])
-        if same_start and _same_words(head, tokenizer.decode(lead_ids, skip_special_tokens=True)):
+        if same_start and _same_words(head, tokenizer.decode(lead_ids)):
             return [*own, *frame.end]
         if not head.strip():
             return [*([] if same_start else lead_ids), *own, *frame.end]
@@ -111,10 +111,11 @@ def _without_end(tokenizer: Any, frame: Frame, ids: Sequence[int]) -> list[int]:
 
 
 def _head(tokenizer: Any, own: list[int], text: str) -> str | None:
-    """What the ids spell before the text; None where they do not end with it (a stop string was cut off, say)."""
+    """What the ids spell before the text; None where they do not end with it: a stop string was cut off, or they hold
+    control tokens that are not in the text."""
     if not own or not text:
         return None
-    spelled = tokenizer.decode(own, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    spelled = tokenizer.decode(own, clean_up_tokenization_spaces=False)
     if not spelled.endswith(text):  # sentencepiece decodes no space at the beginning
         text = text.removeprefix(" ")
     return spelled[: len(spelled) - len(text)] if spelled.endswith(text) else None

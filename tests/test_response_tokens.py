@@ -178,6 +178,17 @@ def test_ids_of_a_teacher_with_the_same_tokenizer_are_kept(tokenizer_of: Any) ->
     assert ids_of(tokenizer, shorter, token_ids=odd, prompt_token_ids=prompt) == [*tokenizer.encode(shorter), *end]
 
 
+def test_control_tokens_that_a_teacher_wrote_are_not_trained(tokenizer_of: Any) -> None:
+    """They are not in the text, which is what is scored and shown."""
+    tokenizer = tokenizer_of("qwen3", "chatml")
+    start = tokenizer.convert_tokens_to_ids("<|im_start|>")
+    wrote = [*tokenizer.encode("Po"), start, *tokenizer.encode(" and Elbe")]
+    prompt = prompt_ids(tokenizer, QUESTION)
+    assert ids_of(tokenizer, "Po and Elbe", token_ids=wrote, prompt_token_ids=prompt) == [
+        *tokenizer.encode("Po and Elbe"), tokenizer.eos_token_id
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("thought", ["Hm.\n\nOk", ""])
 def test_written_thoughts_are_kept_as_written(tokenizer_of: Any, thought: str) -> None:
     """The parser of thoughts strips white space; the ids bring it back."""

@@ -60,9 +60,9 @@ def test_a_prompt_that_its_tokenizer_cannot_take_is_refused_alone(
     tokenizer = make_tokenizer()
     render = tokenizer.apply_chat_template
 
-    def fragile(messages: Any, **options: Any) -> Any:
-        explodes(json.dumps(messages), error)
-        return render(messages, **options)
+    def fragile(conversation: Any, **options: Any) -> Any:
+        explodes(json.dumps(conversation), error)
+        return render(conversation, **options)
 
     monkeypatch.setattr(tokenizer, "apply_chat_template", fragile)
     chats = [[{"role": "user", "content": text}] for text in ("1", EXPLOSIVE, "2")]
@@ -83,7 +83,8 @@ def test_a_prompt_whose_turns_cannot_be_read_is_refused_alone(tmp_path: Path) ->
     store_prompts(store, rows, 8)
     teacher = Teacher(model="m", endpoint=Endpoint(url="http://localhost:1/v1"))
     [path] = store.committed(Store.prompts)
-    unit = load_unit(store, {"teacher": teacher.model_dump_json(), "prompts": path, "rows": [0, 1], "samples": [0]})
+    planned = {"teacher": teacher.model_dump_json(), "prompts": path, "rows": [0, 1], "samples": [0], "sampling": "{}"}
+    unit = load_unit(store, planned)
     assert unit["refused"][0] is None and "JSONDecodeError" in unit["refused"][1]
 
 
@@ -162,6 +163,7 @@ def unit_of(study: Any, store: Store, scorer: str) -> dict[str, Any]:
     return asdict(response_scoring(study, scorer, "weak")) | {
         "responses": responses,
         "destination": f"{Store.scores(scorer, 'weak')}/part-00000-abc.parquet",
+        "made_from": store.content(responses),
     }
 
 
