@@ -61,7 +61,8 @@ class Follower(Callback):  # type: ignore[misc]
         self._end(trial, "stopped", reason)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        reason = f"died in every attempt: {cause_of(trial.get_error() or 'its process died')}"
+        cause = cause_of(trial.get_error() or "its process died").splitlines()[0]  # a cell of the table of trials
+        reason = f"died in every attempt: {cause}"
         self._record(trial, "failed", reason, {})
         self._end(trial, "failed", reason)
 
