@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from deltaray.cli import stages
 from deltaray.errors import UserError
+from deltaray.miniature.make import write_prompt_files
 from deltaray.recipe import load_recipe, shipped_recipe
 from deltaray.recipe.scorers import IfEval
 from deltaray.score.instructions import ifeval_scorer
@@ -136,6 +137,14 @@ def test_a_folder_is_trusted_only_with_its_own_settings_and_all_its_bytes(tmp_pa
     assert make.is_made(tmp_path, "less-1") and not make.is_made(tmp_path, "less-2")
     (tmp_path / "model.safetensors").write_bytes(b"123")
     assert not make.is_made(tmp_path, "less-1")
+    assert not ladder_is_made(tmp_path)
+
+
+def test_prompts_of_an_earlier_version_are_not_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(make, "is_made", lambda *_: True)
+    write_prompt_files(tmp_path, task_rows())
+    assert ladder_is_made(tmp_path)
+    (tmp_path / "evaluation.jsonl").write_text("")
     assert not ladder_is_made(tmp_path)
 
 

@@ -10,7 +10,7 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -85,14 +85,22 @@ def make_model(folder: Path, spec: Member, seed: int, on_progress: Callable[[int
 def write_prompt_files(directory: Path, rows: Rows) -> None:
     """`prompts.jsonl`, `validation.jsonl` and `evaluation.jsonl`: the same for every seed."""
     directory.mkdir(parents=True, exist_ok=True)
-    for split, lines_of in rows.items():
-        lines = "".join(json.dumps(row) + "\n" for row in lines_of)
-        path = directory / f"{split}.jsonl"
+    for path, lines in _prompt_files(directory, rows):
         if path.is_file() and path.read_text() == lines:
             continue
         unfinished = path.with_suffix(".unfinished")
         unfinished.write_text(lines)
         unfinished.replace(path)
+
+
+def prompts_are_written(directory: Path, rows: Rows) -> bool:
+    """Whether `write_prompt_files` would write nothing."""
+    return all(path.is_file() and path.read_text() == lines for path, lines in _prompt_files(directory, rows))
+
+
+def _prompt_files(directory: Path, rows: Rows) -> Iterator[tuple[Path, str]]:
+    for split, lines_of in rows.items():
+        yield directory / f"{split}.jsonl", "".join(json.dumps(row) + "\n" for row in lines_of)
 
 
 class ProgressBoard:

@@ -50,8 +50,9 @@ def is_made(folder: Path, name: str) -> bool:
 
 def ladder_is_made(directory: Path) -> bool:
     """Whether nothing is left to make."""
-    prompts = all((directory / f"{split}.jsonl").is_file() for split in ("prompts", "validation", "evaluation"))
-    return prompts and all(is_made(directory / name, name) for name in LADDER)
+    from deltaray.miniature.make import prompts_are_written
+
+    return prompts_are_written(directory, task_rows()) and all(is_made(directory / name, name) for name in LADDER)
 
 
 def make_ladder(directory: Path, on_progress: LadderProgress) -> None:
