@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -12,6 +11,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from deltaray.miniature.member import TRAINING, Batch, Member, Training
 from deltaray.miniature.tokenizer import BOS, EOS, PAD, vocabulary
+from deltaray.train.small import one_thread
 
 Progress = Callable[[int, int], None]
 
@@ -60,17 +60,6 @@ def rate_factor(step: int, steps: int, warmup: float) -> float:
     """Linear warm-up, then linear decay that reaches zero right after the last step."""
     rising = (step + 1) / max(1.0, warmup * steps)
     return min(rising, (steps - step) / steps)
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Matrices this small gain nothing from a second thread, and one thread gives bit-identical weights."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def train_model(

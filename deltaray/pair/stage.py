@@ -20,7 +20,7 @@ from deltaray.recipe.study import Study
 from deltaray.runtime.stream import map_units
 from deltaray.store import PAIRS_PREFIX, Store
 from deltaray.tokenizer import load_tokenizer
-from deltaray.tokens import complete_tokens, files_by_shard, paired_sides
+from deltaray.tokens import RULE, complete_tokens, files_by_shard, paired_sides
 
 SHOWN_REASONS = 3
 
@@ -29,14 +29,15 @@ Dropped = dict[int, dict[str, list[str]]]
 
 
 def inputs_of(study: Study, store: Store, name: str) -> str:
-    """A digest of what a pairing is made from: pairs are made again when prompts, responses or scores are others."""
+    """A digest of what a pairing is made from: pairs are made again when prompts, responses or scores are others, or
+    when the rule is by which texts become ids."""
     pairing = study.pairings[name]
     folders = [Store.prompts, *(Store.responses(teacher) for teacher in pairing.names)]
     folders += [Store.scores(scorer_name(it), teacher) for it in pairing.scorers for teacher in pairing.names]
     filters = [
         filter_digest(store, item) for item in pairing.filters if isinstance(item, DuplicatePrompt | Contaminated)
     ]
-    return store.digest(folders, *filters, _samples(study, name))
+    return store.digest(folders, *filters, _samples(study, name), RULE)
 
 
 def _samples(study: Study, name: str) -> dict[str, int | None]:

@@ -152,7 +152,7 @@ def _scatter(model: Any) -> None:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Matrices so small are faster without threads that wait for each other, above all on a busy machine."""
+    """Matrices so small gain nothing from more threads; and with one the bits are always the same."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
