@@ -16,7 +16,7 @@ os.environ |= {"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "1", "OMP_NUM_THREA
 import torch
 import torch.distributed as dist
 from pair_examples import TEXTS, examples, with_references
-from tiny_model import make_tokenizer, save_tiny
+from tiny_model import make_tokenizer, save_capped, save_tiny
 
 from deltaray.errors import StageError
 from deltaray.recipe.models import Student
@@ -80,7 +80,8 @@ def answers_of(trainer: Trainer, student: Student, training: Training, run: Trai
 
 
 def compare(out: Path, layout: dict, settings: dict) -> dict:
-    student = Student(model=save_tiny(out / "student", vocabulary=2048), quantize=layout.pop("quantize", None))
+    save = save_capped if layout.pop("capped", False) else save_tiny
+    student = Student(model=save(out / "student", vocabulary=2048), quantize=layout.pop("quantize", None))
     address = layout.pop("store", str(out / "store"))
     if folder := layout.get("offload_folder"):
         layout["offload_folder"] = str(out / folder)

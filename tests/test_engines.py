@@ -21,6 +21,8 @@ CASES = {
     "ZeRO 2, LoRA with dropout, bfloat16": ({"zero_stage": 2, "dtype": "bfloat16"}, {"lora": LORA}),
     "ZeRO 3, QLoRA": ({"quantize": "nf4", "gradient_checkpointing": True}, {"lora": LORA}),
     "ZeRO 3, kto": ({}, {"loss": "kto"}),
+    "ZeRO 1, capped logits": ({"zero_stage": 1, "capped": True}, {}),
+    "ZeRO 3, capped logits": ({"capped": True}, {}),
     "ZeRO 1, checkpoints on S3": ({"zero_stage": 1, "store": "s3://"}, {}),
 }
 if os.environ.get("DELTARAY_TEST_DISK"):  # DeepSpeed's disk access takes minutes to compile, and needs libaio
@@ -48,7 +50,7 @@ def test_a_restart_changes_no_bit(results, case):
     assert found["same"] and found["losses_with_restart"] == found["losses"]
     assert found["left_out"] == []
     assert found["moved"] > 1e-3
-    assert found["names"] == (28 if "LoRA" in case else 21)
+    assert found["names"] == (28 if "LoRA" in case else 24 if "capped" in case else 21)
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if "bfloat16" not in case])
@@ -78,6 +80,13 @@ def test_kto_starts_at_one_half(results):
 def test_layouts_compute_the_same(results, case):
     for what in ("losses", "norms"):
         assert results[case][what] == pytest.approx(results["ZeRO 1"][what], rel=1e-4)
+
+
+def test_a_head_of_the_models_own_computes_the_same_when_it_is_partitioned(results):
+    """The whole loss and its gradients go through Gemma 2's soft cap and its tied embeddings."""
+    for what in ("losses", "norms"):
+        partitioned, whole = (results[f"ZeRO {stage}, capped logits"][what] for stage in (3, 1))
+        assert partitioned == pytest.approx(whole, rel=1e-4)
 
 
 @pytest.mark.skipif("ZeRO 3, offloaded to a disk" not in CASES, reason="DELTARAY_TEST_DISK=1 runs it")

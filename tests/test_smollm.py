@@ -19,6 +19,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from deltaray.cli import stages
 from deltaray.errors import UserError
 from deltaray.miniature.make import write_prompt_files
+from deltaray.pair.filters import text_filter
 from deltaray.recipe import load_recipe, shipped_recipe
 from deltaray.recipe.scorers import IfEval
 from deltaray.score.instructions import ifeval_scorer
@@ -103,7 +104,7 @@ def test_layers_that_are_not_there_cannot_be_left_out(whole: LlamaForCausalLM, l
 def test_no_held_out_word_is_in_a_training_prompt() -> None:
     rows = task_rows()
     asked = {split: [row["prompt"] for row in lines] for split, lines in rows.items()}
-    assert {split: len(lines) for split, lines in rows.items()} == {"prompts": 320, "validation": 64, "evaluation": 192}
+    assert {split: len(lines) for split, lines in rows.items()} == {"prompts": 400, "validation": 64, "evaluation": 128}
     assert len(WORDS) == len(set(WORDS))
     words = {
         split: {word for text in lines for word in re.findall(r"\w+", text)} & set(WORDS)
@@ -112,6 +113,17 @@ def test_no_held_out_word_is_in_a_training_prompt() -> None:
     assert not words["evaluation"] & (words["prompts"] | words["validation"])
     assert max(Counter(text for lines in asked.values() for text in lines).values()) == 1
     assert rows == task_rows()
+
+
+def test_prompts_do_not_speak_of_words() -> None:
+    """Where they did, models learned to name the words in place of using them, and the recipe drops such answers."""
+    assert ask(("cat", "owl", "hat")) == "Write one sentence in which a cat, an owl and a hat appear."
+    assert not any("word" in row["prompt"] for lines in task_rows().values() for row in lines)
+    delta = load_recipe(shipped_recipe("real")).pairings["delta"]
+    keeps = text_filter(delta.filters[0])
+    named, used = ([{"content": text}] for text in ("A sentence with the WORDS cat and owl.", "A cat meets an owl."))
+    assert keeps is not None and not keeps({"chosen": named, "rejected": used})
+    assert keeps({"chosen": used, "rejected": used})
 
 
 @pytest.mark.parametrize(

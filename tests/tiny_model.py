@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 TEMPLATE = (
     "{% for m in messages %}{{ '<' + m['role'] + '>' + m['content'] }}"
@@ -50,5 +50,29 @@ def make_model(seed: int = 0, vocabulary: int = 64, tied: bool = False) -> Llama
 
 def save_tiny(folder: Path, seed: int = 0, vocabulary: int = 64) -> str:
     make_model(seed, vocabulary).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def save_capped(folder: Path, vocabulary: int = 64) -> str:
+    """A Gemma 2, whose logits a soft cap bends well within their range; embeddings are tied."""
+    torch.manual_seed(0)
+    config = Gemma2Config(
+        vocab_size=vocabulary,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        query_pre_attn_scalar=32,
+        max_position_embeddings=256,
+        initializer_range=0.1,
+        final_logit_softcapping=3.0,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=1,
+    )
+    Gemma2ForCausalLM(config).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return str(folder)
