@@ -23,7 +23,7 @@ from deltaray.storage.filesystem import together
 from deltaray.store import Store
 from deltaray.tokenizer import load_tokenizer
 
-RULE = 2
+RULE = 3
 """Of `response_tokens`; to be raised when the same texts become other ids."""
 AT_ONCE = 2048
 """Responses that are Python objects at the same time."""

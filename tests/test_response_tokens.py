@@ -66,6 +66,7 @@ REAL = [
     ("qwen3", "qwen3_instruct_2507", "<|im_end|>"),
     ("qwen3", "qwen2_5", "<|im_end|>"),
     ("gemma3", None, "<end_of_turn>"),
+    ("llama3", None, "<|eot_id|>"),  # begins the next answer behind every turn
     ("llama3_1", None, "<|eot_id|>"),
     ("llama3_1", "llama3_2", "<|eot_id|>"),
     ("llama2", "llama2", "</s>"),

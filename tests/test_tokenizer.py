@@ -200,6 +200,13 @@ def test_mistrals_own_file_is_enough(tmp_path: Path) -> None:
     assert is_replaced(tokenizer)
 
 
+ALWAYS = (
+    "{{% for m in messages %}}<|im_start|>{{{{ m.role }}}}[ASK]{{{{ m.content }}}}{}<|im_end|>{{% endfor %}}"
+    "<|im_start|>assistant[ASK]"
+)
+"""Begins the next answer behind every turn, with a token that begins all turns, as the first Llama 3 does."""
+
+
 # --- ends -------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("template", "end"),
@@ -211,6 +218,8 @@ def test_mistrals_own_file_is_enough(tmp_path: Path) -> None:
             "<|stop|>",
         ),
         (OPENING, "<|stop|>"),  # always opens an answer
+        (ALWAYS.format(""), "<|im_end|>"),
+        (ALWAYS.format("{{ '</note>' if m.role == 'assistant' }}"), "<|im_end|>"),
         ("{% for m in messages %}[ASK]{{ m.content }} \n</note><|im_end|>{% endfor %}", "<|im_end|>"),
     ],
 )

@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import wraps
+from itertools import takewhile
 from typing import Any, TypeVar
 
 from deltaray.errors import first_line
@@ -77,13 +78,9 @@ def turn_end_ids(tokenizer: Any) -> tuple[int, ...]:
         raise ValueError("the chat template does not write what an assistant says")
     before, _, after = text.rpartition(ANSWERED)
     known = _added_tokens(tokenizer)
-    found, rest = list[str](), after.lstrip()
-    while token := max((token for token in known if rest.startswith(token)), key=len, default=""):
-        found.append(token)
-        rest = rest[len(token) :]
-    opened = _tokens_in(before.rpartition(ASKED)[2], known)
-    if opened and opened[-1] in found and _always_opens(tokenizer):
-        found = found[: found.index(opened[-1])]  # the next answer's beginning, not this one's end
+    found = _first_tokens(after, known)
+    if found and _always_opens(tokenizer):
+        found = _without_opening(tokenizer, found, after, _tokens_in(before.rpartition(ASKED)[2], known))
     if not found and tokenizer.eos_token_id is None:
         raise ValueError("neither the chat template nor the tokenizer has a token that ends an answer")
     return tuple(known[token] for token in found) or (int(tokenizer.eos_token_id),)
@@ -98,6 +95,33 @@ def _answered(tokenizer: Any) -> str:
         with suppress(ValueError):
             return written(tokenizer, ("system", TOLD), *turns)
         raise
+
+
+def _first_tokens(text: str, known: dict[str, int]) -> list[str]:
+    """The tokens with which a text begins, up to the first other word."""
+    found, text = list[str](), text.lstrip()
+    while token := max((token for token in known if text.startswith(token)), key=len, default=""):
+        found.append(token)
+        text = text[len(token) :]
+    return found
+
+
+def _without_opening(tokenizer: Any, found: list[str], after: str, opened: list[str]) -> list[str]:
+    """What ends an answer, without the beginning of the next one that some templates write behind every answer.
+
+    Args:
+        found: the tokens of `after`, which is what a conversation ends with behind its answer.
+        opened: the tokens between question and answer: what ends the question, as a rule, and what opens the answer.
+    """
+    with suppress(ValueError):  # some templates want the assistant to speak last
+        turns = ("user", ASKED), ("assistant", ANSWERED), ("user", FURTHER)
+        goes_on = written(tokenizer, *turns).partition(ANSWERED)[2]
+        if goes_on.startswith(after):  # whoever speaks next: so it is the end and nothing else
+            return found
+        pairs = zip(found, _first_tokens(goes_on, _added_tokens(tokenizer)), strict=False)
+        found = [token for token, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)]
+    header = opened[1:] or opened
+    return list(takewhile(lambda token: token not in header, found))
 
 
 def _always_opens(tokenizer: Any) -> bool:
