@@ -67,8 +67,9 @@ def frame_of(tokenizer: Any) -> Frame:
     opening, closing = _thinking_block(answered, prompt)
     if closing is None and (mark := opens or closes):
         closing = f"\n</{mark[1]}>\n\n"
-    # A template whose answers stand outside the block that its generation prompt opens: the block is closed first.
-    lead = before[len(prompt) :] if before.startswith(prompt) else (closing or "" if opens else "")
+    lead = before[len(prompt) :] if before.startswith(prompt) else ""
+    if opens and not CLOSES.search(lead):  # an answer stands outside the block that the prompt opens: closed first
+        lead = closing or ""
     adds_space = _adds_space(tokenizer)
     lead = "" if adds_space and lead == " " else lead
     end = turn_end_ids(tokenizer)

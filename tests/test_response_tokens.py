@@ -23,7 +23,12 @@ CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-OWN = {"llama2": LLAMA2, "chatml": CHATML}
+INSIDE = (  # leaves the block open that it writes before the last answer, as Nemotron Nano 2 does
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+    "{{ '<think>\n\n' if m.role == 'assistant' and loop.last }}{{ m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n\n' }}{% endif %}"
+)
+OWN = {"llama2": LLAMA2, "chatml": CHATML, "inside": INSIDE}
 QUESTION = [{"role": "user", "content": "Name two rivers."}]
 TEXTS = [
     "The Po.", "\nThe Po.", "\n\n- Po\n- Elbe\n", "    return 1", "Po \u00fcber \u6cb3 \U0001f30a", "x" * 40, "\tPo ",
@@ -107,6 +112,7 @@ def test_a_template_of_gpt_oss_opens_its_channel_first(tokenizer_of: Any) -> Non
         ("qwen3_5_nothink", {}, "Po", "Po"),
         ("deepseek_r1_distill", {}, "\n</think>\n\nPo", "Hm.\n</think>\n\nPo"),
         ("nemotron_3_nano", {}, "\n</think>\nPo", "Hm.\n</think>\nPo"),
+        ("inside", {}, "\n</think>\n\nPo", "Hm.\n</think>\n\nPo"),
         ("lfm2_2_5", {}, "Po", "<think>Hm.</think>Po"),
         ("glm4moe", {}, "\n<think></think>\nPo", "\n<think>Hm.</think>\nPo"),
         ("qwen3_instruct_2507", {}, "Po", "Po"),

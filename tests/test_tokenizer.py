@@ -218,6 +218,11 @@ ALWAYS = (
             "<|stop|>",
         ),
         (OPENING, "<|stop|>"),  # always opens an answer
+        (  # ends the conversation, too, as Phi 4 does
+            "{% for m in messages %}[ASK]{{ m.content }}<|im_end|>{% endfor %}{{ '[ASK]' if add_generation_prompt "
+            "else eos_token }}",
+            "<|im_end|>",
+        ),
         (ALWAYS.format(""), "<|im_end|>"),
         (ALWAYS.format("{{ '</note>' if m.role == 'assistant' }}"), "<|im_end|>"),
         ("{% for m in messages %}[ASK]{{ m.content }} \n</note><|im_end|>{% endfor %}", "<|im_end|>"),

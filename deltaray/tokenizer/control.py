@@ -79,8 +79,8 @@ def turn_end_ids(tokenizer: Any) -> tuple[int, ...]:
     before, _, after = text.rpartition(ANSWERED)
     known = _added_tokens(tokenizer)
     found = _first_tokens(after, known)
-    if found and _always_opens(tokenizer):
-        found = _without_opening(tokenizer, found, after, _tokens_in(before.rpartition(ASKED)[2], known))
+    if found:
+        found = _of_the_turn(tokenizer, found, after, _tokens_in(before.rpartition(ASKED)[2], known))
     if not found and tokenizer.eos_token_id is None:
         raise ValueError("neither the chat template nor the tokenizer has a token that ends an answer")
     return tuple(known[token] for token in found) or (int(tokenizer.eos_token_id),)
@@ -106,8 +106,8 @@ def _first_tokens(text: str, known: dict[str, int]) -> list[str]:
     return found
 
 
-def _without_opening(tokenizer: Any, found: list[str], after: str, opened: list[str]) -> list[str]:
-    """What ends an answer, without the beginning of the next one that some templates write behind every answer.
+def _of_the_turn(tokenizer: Any, found: list[str], after: str, opened: list[str]) -> list[str]:
+    """The end of the turn, without what ends the whole conversation (Phi 4) or begins the next answer (Llama 3).
 
     Args:
         found: the tokens of `after`, which is what a conversation ends with behind its answer.
@@ -116,11 +116,12 @@ def _without_opening(tokenizer: Any, found: list[str], after: str, opened: list[
     with suppress(ValueError):  # some templates want the assistant to speak last
         turns = ("user", ASKED), ("assistant", ANSWERED), ("user", FURTHER)
         goes_on = written(tokenizer, *turns).partition(ANSWERED)[2]
-        if goes_on.startswith(after):  # whoever speaks next: so it is the end and nothing else
+        if goes_on.startswith(after):
             return found
         pairs = zip(found, _first_tokens(goes_on, _added_tokens(tokenizer)), strict=False)
-        found = [token for token, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)]
-    header = opened[1:] or opened
+        shared = [token for token, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)]
+        found = shared or found  # some end the last turn otherwise than those before it (gpt-oss)
+    header = (opened[1:] or opened) if _always_opens(tokenizer) else []
     return list(takewhile(lambda token: token not in header, found))
 
 
