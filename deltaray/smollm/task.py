@@ -1,4 +1,4 @@
-"""The task: one sentence in which five given things appear. IFEval's own checker counts how many of them do.
+"""The task: one sentence in which four given things appear. IFEval's own checker counts how many of them do.
 
 No word of the held-out prompts occurs in a prompt of the training or validation ones.
 """
@@ -24,8 +24,8 @@ farm museum desk bench fence owner umbrella elephant
 WORDS = _WORDS.split()
 """Things that can be counted, whose plural ends in s or es."""
 HELD_OUT_WORDS = 60
-WORDS_PER_PROMPT = 5
-SIZES = {"prompts": 400, "validation": 64, "evaluation": 128}
+WORDS_PER_PROMPT = 4
+SIZES = {"prompts": 480, "validation": 64, "evaluation": 128}
 SEED = 16
 
 
