@@ -17,6 +17,7 @@ import signal
 import socket
 import struct
 import sys
+import threading
 import time
 import warnings
 from contextlib import suppress
@@ -43,6 +44,8 @@ START_SECONDS = 60.0
 """What a child may take to confine itself, on however busy a machine."""
 THREADS = 512
 """What a program may start, all told."""
+STACK_BYTES = 2 << 20
+"""Of a thread, unless the program wants another: it counts as memory before it is used."""
 UNWANTED = {
     "antigravity", "curses", "distutils", "ensurepip", "idlelib", "lib2to3", "nis", "pydoc_data", "readline", "test",
     "this", "tkinter", "turtle", "turtledemo", "venv", "_curses", "_curses_panel", "_tkinter",
@@ -102,8 +105,10 @@ def _prepare() -> None:
         with open("/proc/self/oom_score_adj", "w") as score:
             score.write("1000")  # where memory runs out the kernel takes a program, not the worker
     LIBC.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
+    threading.stack_size(STACK_BYTES)
     warnings.simplefilter("ignore")
-    for name in sorted(sys.stdlib_module_names - UNWANTED):
+    # a module before its helper in C, which looks for the module when it is loaded
+    for name in sorted(sys.stdlib_module_names - UNWANTED, key=lambda name: (name.startswith("_"), name)):
         if not name.startswith("__"):
             _load(name)
     warnings.resetwarnings()

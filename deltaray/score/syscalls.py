@@ -61,7 +61,7 @@ def null(argument: int) -> list[Check]:
 THREAD = 0x3D0F00
 """What libc starts a thread with; musl adds a flag that means nothing (0x400000)."""
 ONLY = {
-    "clone": [low(0, (THREAD, THREAD | 0x400000), errno=EAGAIN)],
+    "clone": [low(0, (THREAD, THREAD | 0x400000))],
     "clone3": [low(0, (), errno=ENOSYS)],  # its flags are in memory: libc then falls back on clone
     "fcntl": [low(1, (0, 1, 2, 3, 4, 1030))],  # duplicates, and flags of a descriptor; no owner, signal, lock or lease
     "ioctl": [low(1, (0x5401, 0x541B, 0x5421, 0x5450, 0x5451))],  # TCGETS, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX
