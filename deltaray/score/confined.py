@@ -17,12 +17,13 @@ import socket
 import struct
 import sys
 from functools import lru_cache
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from deltaray.score.syscalls import ASK, EAGAIN, FAIL, SECCOMP, seccomp_program, thread_program
 
-__builtins__ = dict(vars(builtins))  # the functions below keep theirs, whatever a program does to the module
+globals()["__builtins__"] = dict(vars(builtins))  # the functions below keep these, whatever a program does to others
 read, write = os.read, os.write
 
 EXCEPTIONS = [kind for kind in vars(builtins).values() if isinstance(kind, type) and issubclass(kind, BaseException)]
@@ -77,8 +78,7 @@ def confine(memory: int, supervisor: int) -> None:
     call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != supervisor:
         raise OSError("the supervisor is gone")
-    with open("/proc/self/statm") as sizes:
-        taken = int(sizes.read().split()[0]) * resource.getpagesize()
+    taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     limits = {"AS": taken + memory, "FSIZE": 0, "NOFILE": 64, "CORE": 0, "MEMLOCK": 0}
     for name, value in limits.items():
         kind = getattr(resource, f"RLIMIT_{name}")

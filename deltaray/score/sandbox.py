@@ -70,7 +70,7 @@ class Supervisor:
             # no secrets in it: neither environment nor descriptors; a session of its own, or Ctrl-C would end it
             self.process = subprocess.Popen(
                 [sys.executable, "-P", "-s", "-S", "-c", BEGIN, str(ROOT)],
-                stdin=theirs, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                stdin=theirs.fileno(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                 env={"PYTHONHASHSEED": "0"}, cwd="/", start_new_session=True,
             )  # fmt: skip
         try:
@@ -108,21 +108,24 @@ class Supervisor:
 
 
 _IDLE: list[Supervisor] = []
-_AT_ONCE = BoundedSemaphore(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+_AT_ONCE = BoundedSemaphore(CORES)
 
 
-def _forget() -> None:
-    """In a process that was forked from this one, which must not speak for it."""
-    global _AT_ONCE, _READABLE
-    _IDLE.clear()
-    _AT_ONCE, _READABLE = BoundedSemaphore(_AT_ONCE._initial_value), Lock()  # type: ignore[attr-defined]
+def _idle() -> Supervisor | None:
+    while _IDLE:
+        supervisor = _IDLE.pop()
+        if supervisor.process.poll() is None:
+            return supervisor
+        supervisor.close()
+    return None
 
 
 def _asked(request: dict[str, Any], tests: list[str]) -> dict[str, Any]:
     if sys.platform != "linux":
         raise UserError("python_tests: programs can be confined on Linux only, and are not run without")
     try:
-        supervisor = _IDLE.pop() if _IDLE else Supervisor()
+        supervisor = _idle() or Supervisor()
         try:
             said = supervisor.run(request, tests)
         except BaseException:
@@ -155,6 +158,16 @@ def _unreadable() -> Iterator[None]:
             _RUNNING -= 1
             if not _RUNNING and prctl:
                 prctl(PR_SET_DUMPABLE, _BEFORE, 0, 0, 0)
+
+
+def _forget() -> None:
+    """In a process that was forked from this one, whose programs are not its own."""
+    global _AT_ONCE, _READABLE, _RUNNING
+    _IDLE.clear()
+    _AT_ONCE, _READABLE, _RUNNING = BoundedSemaphore(CORES), Lock(), 0
+
+
+os.register_at_fork(after_in_child=_forget)
 
 
 # --- scorer -------------------------------------------------------------------------------------------------------

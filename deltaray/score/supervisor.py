@@ -21,6 +21,7 @@ import threading
 import time
 import warnings
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from deltaray.score.confined import (
@@ -101,9 +102,8 @@ def main() -> None:
 
 
 def _prepare() -> None:
-    with suppress(OSError):
-        with open("/proc/self/oom_score_adj", "w") as score:
-            score.write("1000")  # where memory runs out the kernel takes a program, not the worker
+    with suppress(OSError):  # where memory runs out the kernel takes a program, not the worker
+        Path("/proc/self/oom_score_adj").write_text("1000")
     LIBC.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
     threading.stack_size(STACK_BYTES)
     warnings.simplefilter("ignore")
