@@ -17,7 +17,6 @@ import socket
 import struct
 import sys
 from functools import lru_cache
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -42,6 +41,10 @@ CAPABILITIES = struct.pack("Ii", 0x20080522, 0), bytes(24)
 """For `capset`: the version of the structure and this process, and none of the capabilities."""
 SET_FILTER, NEW_LISTENER = 1, 8
 
+LIMITS = [
+    (resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_NOFILE, 64), (resource.RLIMIT_CORE, 0), (resource.RLIMIT_MEMLOCK, 0),
+]  # fmt: skip
+MACHINE = platform.machine()
 LIBC = ctypes.CDLL(None, use_errno=True)
 
 
@@ -49,7 +52,7 @@ def run_confined(channel: socket.socket, request: dict[str, Any], supervisor: in
     """Runs a program and then the tests that the supervisor sends; never returns.
 
     Args:
-        request: `programs`, of which the last that compiles is taken; `memory` in bytes, besides the interpreter's.
+        request: `programs`, of which the last that compiles is taken; `memory` in bytes.
         supervisor: the process id of the one that forked this process.
     """
     try:
@@ -78,26 +81,23 @@ def confine(memory: int, supervisor: int) -> None:
     call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != supervisor:
         raise OSError("the supervisor is gone")
-    taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    limits = {"AS": taken + memory, "FSIZE": 0, "NOFILE": 64, "CORE": 0, "MEMLOCK": 0}
-    for name, value in limits.items():
-        kind = getattr(resource, f"RLIMIT_{name}")
+    for kind, value in ((resource.RLIMIT_AS, memory), *LIMITS):
         _, most = resource.getrlimit(kind)
         value = value if most == resource.RLIM_INFINITY else min(value, most)
         resource.setrlimit(kind, (value, value))
     call("capset", *CAPABILITIES)
     call("prctl", PR_SET_DUMPABLE, 0, 0, 0, 0)
     call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-    asked, none, program = filters(platform.machine())
+    asked, none, program = filters()
     _count_threads(asked, none)
     install(program, 0)
 
 
 @lru_cache  # the supervisor has them made before it forks
-def filters(machine: str) -> tuple[bytes, bytes, bytes]:
+def filters() -> tuple[bytes, bytes, bytes]:
     """Has the supervisor asked about threads, allows none, and the filter for all calls."""
-    asked, none = (thread_program(machine, answer) for answer in (ASK, FAIL | EAGAIN))
-    return asked, none, seccomp_program(machine)
+    asked, none = (thread_program(MACHINE, answer) for answer in (ASK, FAIL | EAGAIN))
+    return asked, none, seccomp_program(MACHINE)
 
 
 def _count_threads(asked: bytes, none: bytes) -> None:
@@ -121,7 +121,7 @@ def install(program: bytes, flags: int) -> int:
     """
     code = ctypes.create_string_buffer(program, len(program))
     head = struct.pack("HL", len(program) // 8, ctypes.addressof(code))  # struct sock_fprog, padded as C does
-    return call("syscall", SECCOMP[platform.machine()], SET_FILTER, flags, head)
+    return call("syscall", SECCOMP[MACHINE], SET_FILTER, flags, head)
 
 
 def call(name: str, *arguments: int | bytes) -> int:
@@ -139,8 +139,6 @@ def call(name: str, *arguments: int | bytes) -> int:
 
 def _run(programs: list[str]) -> None:
     module = ModuleType("solution")
-    for name in [name for name in sys.modules if name.partition(".")[0] == "deltaray"]:
-        del sys.modules[name]
     sys.modules["solution"] = module
     gc.enable()
     ended = _attempt(programs, module.__dict__)

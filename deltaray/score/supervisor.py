@@ -11,7 +11,6 @@ import importlib
 import json
 import os
 import pkgutil
-import platform
 import select
 import signal
 import socket
@@ -93,11 +92,13 @@ def main() -> None:
     """Runs what comes through standard input, a socket, until that is closed."""
     worker = socket.socket(fileno=0)
     _prepare()
-    probe = {"programs": [""], "seconds": 60.0, "memory": 256 << 20}
+    own = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    probe = {"programs": [""], "seconds": 60.0, "memory": own + (256 << 20)}
     send(worker, _probed(run(worker, probe, PROBES)))
     with suppress(EOFError, BrokenPipeError, ConnectionResetError):
         while True:
             request = receive(worker)
+            request["memory"] += own  # what the interpreter takes is not the program's
             send(worker, run(worker, request))
 
 
@@ -116,8 +117,10 @@ def _prepare() -> None:
     sys.path.clear()
     sys.path_importer_cache.clear()
     os.environ.clear()
+    for name in [name for name in sys.modules if name.partition(".")[0] == "deltaray"]:
+        del sys.modules[name]
     with suppress(OSError):
-        filters(platform.machine())
+        filters()
     gc.collect()
     gc.freeze()
     gc.disable()
