@@ -8,6 +8,7 @@ their interpreter); one that is out to harm the machine, or to learn anything ab
 
 import builtins
 import ctypes
+import errno
 import gc
 import os
 import platform
@@ -20,7 +21,7 @@ from functools import lru_cache
 from types import ModuleType
 from typing import Any
 
-from deltaray.score.syscalls import ASK, EAGAIN, FAIL, SECCOMP, seccomp_program, thread_program
+from deltaray.score.syscalls import ASK, FAIL, SECCOMP, seccomp_program, thread_program
 
 globals()["__builtins__"] = dict(vars(builtins))  # the functions below keep these, whatever a program does to others
 read, write = os.read, os.write
@@ -64,7 +65,8 @@ def run_confined(channel: socket.socket, request: dict[str, Any], supervisor: in
         try:
             confine(request["memory"], supervisor)
         except (OSError, ValueError) as error:
-            write(CHANNEL, UNCONFINED + str(error).encode()[:500])
+            if getattr(error, "errno", None) not in (errno.EAGAIN, errno.ENOMEM):  # which pass
+                write(CHANNEL, UNCONFINED + str(error).encode()[:500])
             return
         write(CHANNEL, CONFINED)
         _run(request["programs"])
@@ -96,7 +98,7 @@ def confine(memory: int, supervisor: int) -> None:
 @lru_cache  # the supervisor has them made before it forks
 def filters() -> tuple[bytes, bytes, bytes]:
     """Has the supervisor asked about threads, allows none, and the filter for all calls."""
-    asked, none = (thread_program(MACHINE, answer) for answer in (ASK, FAIL | EAGAIN))
+    asked, none = (thread_program(MACHINE, answer) for answer in (ASK, FAIL | errno.EAGAIN))
     return asked, none, seccomp_program(MACHINE)
 
 
@@ -132,8 +134,8 @@ def call(name: str, *arguments: int | bytes) -> int:
     """
     result: int = getattr(LIBC, name)(*arguments)
     if result == -1:
-        errno = ctypes.get_errno()
-        raise OSError(errno, os.strerror(errno))
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
     return result
 
 

@@ -74,7 +74,12 @@ class Supervisor:
                 env={"PYTHONHASHSEED": "0"}, cwd="/", start_new_session=True,
             )  # fmt: skip
         try:
-            self._answer(0)
+            said = self._answer(0)
+            if "unconfined" in said:
+                raise UserError(
+                    f"python_tests: programs cannot be confined on this machine ({said['unconfined']}), and are not "
+                    "run without; it takes Linux on x86_64 or aarch64 whose container allows seccomp filters"
+                )
         except BaseException:
             self.close()
             raise
@@ -86,17 +91,15 @@ class Supervisor:
         """
         send(self.socket, request)
         send(self.socket, tests)
-        return self._answer(request["seconds"])
+        said = self._answer(request["seconds"])
+        if "unconfined" in said:  # it could be when this supervisor started
+            raise RuntimeError(f"the program could not be confined: {said['unconfined']}")
+        return said
 
     def _answer(self, seconds: float) -> dict[str, Any]:
         self.socket.settimeout(seconds + PATIENCE)
         said: dict[str, Any] = receive(self.socket)
         self.socket.settimeout(None)
-        if "unconfined" in said:
-            raise UserError(
-                f"python_tests: programs cannot be confined on this machine ({said['unconfined']}), and are not run "
-                "without; it takes Linux on x86_64 or aarch64 whose container allows seccomp filters"
-            )
         if "broken" in said:
             raise RuntimeError(said["broken"])
         return said

@@ -5,6 +5,7 @@ secret: it is started with an empty environment and no descriptor but the socket
 program at a time. It shares no memory with a program, so that time, threads and results are bounded from outside.
 """
 
+import errno
 import fcntl
 import gc
 import importlib
@@ -35,7 +36,6 @@ from deltaray.score.confined import (
     filters,
     run_confined,
 )
-from deltaray.score.syscalls import EAGAIN
 
 Said = dict[str, Any]
 """What the worker is told: `passed` and `failure` of a program, or why it was not run: `broken` or `unconfined`."""
@@ -99,7 +99,10 @@ def main() -> None:
         while True:
             request = receive(worker)
             request["memory"] += own  # what the interpreter takes is not the program's
-            send(worker, run(worker, request))
+            try:
+                send(worker, run(worker, request))
+            except OSError as error:  # no process or memory is left for the child: the worker starts another of us
+                return send(worker, {"broken": f"a program could not be started: {error}"})
 
 
 def _prepare() -> None:
@@ -137,7 +140,8 @@ def _load(name: str) -> None:
 
 def _probed(said: Said) -> Said:
     if "passed" in said and said["passed"] < len(PROBES):
-        return {"unconfined": "the filter does not hold"} if said["failure"].startswith("test") else {"broken": said}
+        kind = "unconfined" if said["failure"].startswith("test") else "broken"
+        return {kind: "the filter does not hold" if kind == "unconfined" else said["failure"]}
     return said
 
 
@@ -270,7 +274,7 @@ class Watch:
                 if self.threads <= THREADS:
                     fcntl.ioctl(listener, NOTIFY_SEND, struct.pack("8sqiI", bytes(notice[:8]), 0, 0, CONTINUE))
                     return
-            fcntl.ioctl(listener, NOTIFY_SEND, struct.pack("8sqiI", bytes(notice[:8]), 0, -EAGAIN, 0))
+            fcntl.ioctl(listener, NOTIFY_SEND, struct.pack("8sqiI", bytes(notice[:8]), 0, -errno.EAGAIN, 0))
 
 
 def _name(code: int) -> str:

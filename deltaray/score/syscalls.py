@@ -16,7 +16,7 @@ AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 SECCOMP = {"x86_64": 317, "aarch64": 277}
 """The number of the call that installs a filter."""
 
-EPERM, EAGAIN, ENOSYS = 1, 11, 38
+EPERM, ENOSYS = 1, 38
 WHOLE = 0xFFFFFFFF
 
 # Numbers: (x86_64, aarch64), None where an architecture has no such call.
