@@ -66,6 +66,10 @@ REFUSED = {
     "processes of its own": "import multiprocessing as m; m.Process(target=print).start()",
     "limits": f"import os, resource; resource.prlimit({PARENT}, resource.RLIMIT_CPU)",
     "a processor": "import os; os.sched_setaffinity(0, {0})",
+    "another's processors": f"import os; os.sched_getaffinity({PARENT})",
+    "another's time": f"import os, time; time.clock_gettime(~{PARENT} << 3 | 2)",
+    "out of band": "import socket; a, b = socket.socketpair(); a.send(b'x', socket.MSG_OOB)",
+    "notifications": "import os; os.pipe2(0x80)",
     "rank": "import os; os.setuid(0)",
     "breaking memory": "import mmap; mmap.mmap(-1, 4096).madvise(100)",
     "huge pages": "import mmap; mmap.mmap(-1, 2 << 20, flags=0x40022)",
@@ -357,6 +361,9 @@ def test_the_filter_goes_by_command(machine: str) -> None:
     assert judge(number["clone3"]) == syscalls.FAIL | syscalls.ENOSYS
     assert judge(number["prlimit64"], 0, 3, 0) == fine and judge(number["prlimit64"], 0, 3, 1 << 32) == refused
     assert judge(number["sendto"], 3, 0, 0, 0, 0) == fine and judge(number["sendto"], 3, 0, 0, 0, 1 << 40) == refused
+    assert {judge(number[name], 1, 0, 0, 1) for name in ("sendto", "recvfrom")} == {refused}  # out of band
+    assert judge(number["pipe2"], 0, 0x80000) == fine and judge(number["pipe2"], 0, 0x80) == refused
+    assert judge(number["clock_gettime"], 3) == fine and judge(number["clock_gettime"], ~77 << 3 | 2) == refused
     assert judge(number["read"]) == fine and judge(0x40000000 | 39) in (syscalls.KILL, refused)
     assert judged(syscalls.thread_program(machine, 7), machine, number["clone"]) == 7
 

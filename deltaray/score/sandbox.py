@@ -135,7 +135,7 @@ def _asked(request: dict[str, Any], tests: list[str]) -> dict[str, Any]:
             supervisor.close()
             raise
     except (OSError, EOFError) as error:
-        raise RuntimeError(f"the process that runs programs is gone: {error or type(error).__name__}") from None
+        raise RuntimeError(f"the process that runs programs is gone: {str(error) or type(error).__name__}") from None
     _IDLE.append(supervisor)
     return said
 

@@ -54,10 +54,16 @@ def low(argument: int, values: tuple[int, ...], mask: int = WHOLE, errno: int = 
     return Check(16 + 8 * argument, mask, values, errno)
 
 
+def flags(argument: int, allowed: int) -> Check:
+    return Check(16 + 8 * argument, WHOLE ^ allowed, (0,))
+
+
 def null(argument: int) -> list[Check]:
     return [low(argument, (0,)), Check(16 + 8 * argument + 4, WHOLE, (0,))]
 
 
+CLOCKS = tuple(range(12))
+"""The others are of processes."""
 THREAD = 0x3D0F00
 """What libc starts a thread with; musl adds a flag that means nothing (0x400000)."""
 ONLY = {
@@ -66,11 +72,17 @@ ONLY = {
     "fcntl": [low(1, (0, 1, 2, 3, 4, 1030))],  # duplicates, and flags of a descriptor; no owner, signal, lock or lease
     "ioctl": [low(1, (0x5401, 0x541B, 0x5421, 0x5450, 0x5451))],  # TCGETS, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX
     "madvise": [low(2, (0, 1, 2, 3, 4, 8, 14, 15))],  # how memory will be used
-    "mmap": [low(3, (0,), mask=0x40000)],  # no huge pages, of which the machine has a fixed number
+    "mmap": [flags(3, WHOLE ^ 0x40000)],  # no huge pages, of which the machine has a fixed number
     "futex": [low(1, (0, 1, 3, 4, 5, 9, 10), mask=0x7F)],  # waiting and waking; none that inherits priorities
     "prlimit64": [low(0, (0,)), *null(2)],  # its own limits may be read
     "socketpair": [low(0, (1,)), low(1, (1,), mask=0xF)],  # asyncio wakes itself through a connected pair
-    "sendto": null(4),  # to where the socket is connected
+    "sendto": [flags(3, 0x4040), *null(4)],  # to where the socket is connected; nothing out of band
+    "recvfrom": [flags(3, 0x4142)],
+    "pipe2": [flags(1, 0x80800)],
+    "sched_getaffinity": [low(0, (0,))],
+    "clock_gettime": [low(0, CLOCKS)],
+    "clock_getres": [low(0, CLOCKS)],
+    "clock_nanosleep": [low(0, CLOCKS)],
 }
 
 Line = tuple[int, int, int, int]  # of a filter: code, lines to skip if true, if false, operand
