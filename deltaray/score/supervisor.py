@@ -25,8 +25,8 @@ from deltaray.score.watch import Said, Watch
 STACK_BYTES = 2 << 20
 """Of a thread, unless the program wants another: it counts as memory before it is used."""
 UNWANTED = {
-    "antigravity", "curses", "distutils", "ensurepip", "idlelib", "lib2to3", "nis", "pydoc_data", "readline", "test",
-    "this", "tkinter", "turtle", "turtledemo", "venv", "_curses", "_curses_panel", "_tkinter",
+    "antigravity", "distutils", "ensurepip", "idlelib", "lib2to3", "nis", "pydoc_data", "test",
+    "this", "tkinter", "turtle", "turtledemo", "venv", "_tkinter",
 }  # fmt: skip
 """Of the standard library: what needs a screen or other files, or says something when it is imported."""
 PROBES = [
