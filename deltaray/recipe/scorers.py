@@ -77,12 +77,13 @@ class Refusal(_Scorer):
 
 class PythonTests(_Scorer):
     """The share of the tests in `answer` (a JSON list of Python sources, or one source) that the response's code
-    passes, run without network, files to write or processes of its own (Linux)."""
+    passes, run with the standard library and without network, files or processes of its own (Linux)."""
 
     kind: Literal["python_tests"]
-    seconds: float = Field(5.0, gt=0)
-    """For a program and all its tests."""
-    memory_mib: int = Field(512, ge=64)
+    seconds: float = Field(5.0, gt=0, le=86_400)
+    """On the clock, for a program and all its tests."""
+    memory_mib: int = Field(512, ge=64, le=1 << 20)
+    """Besides what the interpreter takes."""
 
 
 class IfEval(_Scorer):

@@ -3,7 +3,6 @@
 Every pattern is linear: a response of a megabyte of one character costs milliseconds.
 """
 
-import ast
 import re
 from fractions import Fraction
 
@@ -62,10 +61,14 @@ def fenced_blocks(text: str) -> list[tuple[str, str]]:
     return blocks
 
 
-def python_code(text: str) -> str:
-    """The program in a response: its last fenced Python block that parses, else the last one, else all of the text."""
-    blocks = [content for language, content in fenced_blocks(text) if language in ("", "python", "py", "python3")]
-    return next((block for block in reversed(blocks) if _parses(block)), blocks[-1] if blocks else text)
+def python_programs(text: str) -> list[str]:
+    """The programs in a response, the last of which is meant: its fenced Python blocks, or else all of the text.
+
+    Whether one compiles is found out where it runs: text that breaks a compiler would end this process.
+    """
+    return [content for language, content in fenced_blocks(text) if language in ("", "python", "py", "python3")] or [
+        text
+    ]
 
 
 def boxed(text: str) -> str | None:
@@ -99,11 +102,3 @@ def _value(number: str) -> Fraction | None:
         return Fraction(above) / Fraction(below) if slash else Fraction(above)
     except (ValueError, ZeroDivisionError):
         return None
-
-
-def _parses(code: str) -> bool:
-    try:
-        ast.parse(code)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return False
-    return True

@@ -11,7 +11,7 @@ import pyarrow as pa
 from deltaray.contracts import SCORES
 from deltaray.prompts.shards import shard_name, shard_of
 from deltaray.prompts.turns import full_turns
-from deltaray.score.response import Response, Score, unscored
+from deltaray.score.response import Response, Score, scale_of, unscored
 from deltaray.storage.filesystem import together
 from deltaray.store import Store
 
@@ -112,7 +112,7 @@ def write_scores(store: Store, unit: Unit, scored: Iterator[list[tuple[Key, Scor
     """Commits a file of scores; returns what the driver counts."""
     tables, notes, count = [SCORES.empty_table()], Counter[str](), 0
     for part in scored:
-        tables.append(_table(part))
+        tables.append(_table(part, scale_of(unit["spec"])))
         known = [score is not None for score in tables[-1]["score"].to_pylist()]
         count += sum(known)
         unscored = [note for note, there in zip(tables[-1]["note"].to_pylist(), known, strict=True) if not there]
@@ -123,6 +123,6 @@ def write_scores(store: Store, unit: Unit, scored: Iterator[list[tuple[Key, Scor
     return {**told, "rows": len(table), "scored": count, "unscored": dict(notes)}
 
 
-def _table(part: Sequence[tuple[Key, Score]]) -> pa.Table:
-    rows = [{"prompt_id": key[0], "sample": key[1], **score.row()} for key, score in part]
+def _table(part: Sequence[tuple[Key, Score]], scale: tuple[float, float]) -> pa.Table:
+    rows = [{"prompt_id": key[0], "sample": key[1], **score.within(*scale).row()} for key, score in part]
     return pa.Table.from_pylist(rows, schema=SCORES)

@@ -15,9 +15,10 @@ from deltaray.recipe.study import Study
 from deltaray.runtime.session import Capacity
 from deltaray.runtime.stream import map_units
 from deltaray.runtime.tally import Tally, broken
+from deltaray.score.attempts import Attempts
 from deltaray.score.files import AT_ONCE, Key, Scoring, Unit, missing_units, read_slices, write_scores
 from deltaray.score.registry import SCORERS, section_of
-from deltaray.score.response import FAILED, NOT_ASKED, UNPARSABLE, Score, scored
+from deltaray.score.response import FAILED, NOT_ASKED, UNPARSABLE, Score
 from deltaray.store import Store
 
 REMEDY = (
@@ -189,11 +190,18 @@ def score_file(store: Store, unit: Unit) -> dict[str, Any]:
     # only what an instruction speaks about needs the conversation before the response
     slices = read_slices(store, unit, messages=unit["spec"]["kind"] == "ifeval")
 
+    attempts = Attempts(store, unit)
+
     def all_scored() -> Iterator[list[tuple[Key, Score]]]:
         for part in slices:
-            yield [(key, Score(None, note) if it is None else scored(function, it)) for key, it, note in part]
+            yield [
+                (key, Score(None, note) if it is None else attempts.scored(function, key, it)) for key, it, note in part
+            ]
 
-    return write_scores(store, unit, all_scored())
+    try:
+        return write_scores(store, unit, all_scored())
+    finally:
+        attempts.over()
 
 
 def _given(store: Store, unit: Unit) -> Iterator[list[tuple[Key, Score]]]:

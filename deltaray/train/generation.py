@@ -10,7 +10,7 @@ import torch.distributed as dist
 from transformers import GenerationConfig
 
 from deltaray.recipe.training import Generation
-from deltaray.score.response import Response, ScoreFunction, unscored
+from deltaray.score.response import Response, ScoreFunction, scored, unscored
 from deltaray.store import Store
 from deltaray.tokenizer import turn_end
 from deltaray.train.examples import Examples, read_pairs
@@ -105,7 +105,7 @@ class Answering:
             return None
         try:
             text = self.tokenizer.decode(ids, skip_special_tokens=True)
-            return self.score(Response("student", text, question.answer, question.messages)).value
+            return scored(self.score, Response("student", text, question.answer, question.messages)).value
         except BaseException as error:  # of one answer; the other workers would wait for this one
             return unscored(error).value
 
