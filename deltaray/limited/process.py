@@ -16,9 +16,7 @@ from typing import Any
 
 from deltaray.limited.child import LENGTH
 
-START = (
-    "import sys, json; sys.path[:] = json.loads(sys.argv.pop()); from deltaray.limited.child import main; main()"
-)
+START = "import sys, json; sys.path[:] = json.loads(sys.argv.pop()); from deltaray.limited.child import main; main()"
 PASSED_ON = ("HOME", "LANG", "LC_ALL", "LOCAL_RANK", "NLTK_DATA", "TMPDIR", "TZ", "XDG_CACHE_HOME")
 """All of the environment that the process sees: no key of anything."""
 WALL = 60.0

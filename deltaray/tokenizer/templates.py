@@ -1,4 +1,4 @@
-"""Chat templates come with models, and a template is a program: whatever renders one in this process does so with limits.
+"""Chat templates come with models, and a template is a program: all that render in this process do it with limits.
 
 transformers renders all of them by one function, for tokenizers as for processors, whoever calls: we, the harness, or
 vLLM. It is replaced by one that asks a process beside this one (`deltaray.limited`), where the same function runs.
