@@ -11,6 +11,7 @@ from functools import wraps
 from typing import Any, TypeVar
 
 from deltaray.errors import first_line
+from deltaray.limited import OverLimitError
 
 R = TypeVar("R")
 
@@ -54,7 +55,8 @@ def written(tokenizer: Any, *turns: tuple[str, str], last: Mapping[str, str] | N
         text = tokenizer.apply_chat_template(messages, tokenize=False, **_arguments(tokenizer) | options)
     except Exception as error:  # templates raise what they like
         roles = ", ".join(role for role, _ in turns)
-        raise ValueError(f"the chat template refuses turns of {roles}: {first_line(error)}") from None
+        kind = OverLimitError if isinstance(error, OverLimitError) else ValueError
+        raise kind(f"the chat template refuses turns of {roles}: {first_line(error)}") from None
     return str(text)
 
 
