@@ -26,7 +26,7 @@ def limit_templates() -> None:
 
     for module in (chat_template_utils, tokenization_utils_base, sys.modules.get("transformers.processing_utils")):
         if module is not None:
-            module.render_jinja_template = render
+            vars(module)["render_jinja_template"] = render
 
 
 def render(
