@@ -1,6 +1,7 @@
 """Texts that attack: templates, expressions and answers that want more time or memory than there is."""
 
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -17,6 +18,7 @@ from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from deltaray.chat import prompts_ids
 from deltaray.errors import UserError
+from deltaray.evaluate.harness_limits import limited_scoring
 from deltaray.limited import Limited, OverLimitError, RaisedError
 from deltaray.merge.adapter import Adapter
 from deltaray.pair.filters import text_filter
@@ -198,6 +200,32 @@ def test_ifevals_checkers_have_limits() -> None:
     slow = scored(score, Response("t", "e" * 64, json.dumps(asked)))
     assert slow.value is None and "scorer failed: OverLimitError: it takes more than 0.5 s" in str(slow.note)
     assert scored(score, Response("t", "eee!", json.dumps(asked))).value == 1
+
+
+def test_a_harness_task_may_not_check_an_answer_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Task:
+        kind = "generate_until"
+
+        def get_config(self, name: str) -> str:
+            return self.kind
+
+        def process_results(self, document: dict[str, Any], results: list[str]) -> dict[str, Any]:
+            if document["x"] == "wrong":
+                raise KeyError("no such field")
+            return {"exact": int(bool(results[0]) and eval(results[0]) == document["x"]), "spread": (1, results)}
+
+    task, other = Task(), Task()
+    other.kind = "multiple_choice"
+    monkeypatch.setattr("deltaray.evaluate.harness_limits.SECONDS", 0.5)
+    with limited_scoring([task, other]) as over:
+        assert task.process_results({"x": 4}, ["2+2"]) == {"exact": 1, "spread": (1, ["2+2"])}
+        assert task.process_results({"x": 5}, ["7**7**7**7**7"]) == {"exact": 0, "spread": (1, [""])}
+        assert task.process_results({"x": 6}, ["len('ab' * 8**13)"]) == {"exact": 0, "spread": (1, [""])}
+        assert task.process_results({"x": 7}, ["7"])["exact"] == 1
+        with pytest.raises(RuntimeError, match="KeyError: 'no such field'"):
+            task.process_results({"x": "wrong"}, ["7"])
+    assert over == [{"x": 5}, {"x": 6}] and not multiprocessing.active_children()
+    assert "process_results" not in vars(other)
 
 
 # --- our own expressions ------------------------------------------------------------------------------------------
