@@ -8,9 +8,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
+import grpc
+import psutil
 import pytest
 from completions_server import KEY, completion, serving
 from conftest import ROOT, Finished
@@ -145,6 +148,50 @@ def test_a_study_on_a_real_cluster(
     _nowhere([KEY, SECRET], [server.folder, tmp_path / "out"])
     shown = "".join(run.stdout + run.stderr for run in (sent, stopped, done, mistaken)) + json.dumps(listed)
     assert not [secret for secret in (KEY, SECRET) if secret in shown]
+
+
+METHODS = {
+    "gcs_server": ("NodeInfoGcsService/GetAllNodeInfo", "InternalKVGcsService/InternalKVKeys"),
+    "raylet": (
+        "NodeManagerService/RequestWorkerLease",
+        "NodeManagerService/ShutdownRaylet",
+        "ObjectManagerService/Pull",
+    ),
+    "ray::DashboardAgent": ("ReporterService/GetTraceback", "LogService/ListLogs"),
+}
+"""What would do harm, by the process that offers it, on one of its ports."""
+
+
+@pytest.mark.parametrize("token", [None, "0" * 64])
+def test_no_process_of_a_cluster_obeys_without_its_token(server: JobServer, token: str | None) -> None:
+    started = [it for it in psutil.process_iter(["name", "cmdline"]) if it.info["name"] in METHODS]
+    mine = {it.pid: it.info["name"] for it in started if str(server.folder) in " ".join(_told(it))}
+    heard: dict[str, set[str]] = {}
+    for it in psutil.net_connections("tcp"):
+        if it.status == psutil.CONN_LISTEN and it.pid in mine:
+            for method in METHODS[mine[it.pid]]:
+                heard.setdefault(method, set()).add(_asked(it.laddr.port, method, token))
+    assert heard.keys() == {method for methods in METHODS.values() for method in methods}
+    for method, said in heard.items():
+        assert "UNAUTHENTICATED" in said and said <= {"UNAUTHENTICATED", "UNIMPLEMENTED", "UNAVAILABLE"}, (method, said)
+
+
+def _told(process: psutil.Process) -> list[str]:
+    """Its command line, and the agents' working folder of logs, which their title hides."""
+    with suppress(psutil.Error):
+        return [*process.info["cmdline"], *(file.path for file in process.open_files())]
+    return []
+
+
+def _asked(port: int, method: str, token: str | None) -> str:
+    """The status of a call; UNAVAILABLE of a port that speaks HTTP, UNIMPLEMENTED of one with other methods."""
+    metadata = [("authorization", f"Bearer {token}")] if token else []
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        try:
+            channel.unary_unary(f"/ray.rpc.{method}")(b"", timeout=60, metadata=metadata)
+        except grpc.RpcError as error:
+            return str(error.code().name)
+    return "OK"
 
 
 def wait_for(what: Callable[[], object]) -> None:
