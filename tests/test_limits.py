@@ -154,6 +154,22 @@ def test_the_process_is_quiet_bare_and_ends_with_ours(monkeypatch: pytest.Monkey
     assert process.wait(timeout=60) == 0
 
 
+def test_limits_hold_whatever_our_process_does_with_signals() -> None:
+    """A worker may ignore or block what ends the process beside; and who is killed while idle is started again."""
+    beside, kept = Limited("deltaray.limited.patterns", 0.3, 64), signal.signal(signal.SIGPROF, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGPROF])
+    try:
+        with pytest.raises(OverLimitError, match=r"it takes more than 0\.3 s of computing"):
+            beside.call("found", "(a+)+!", "a" * 64)
+        assert beside.call("found", "a", "a") and beside._process is not None
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGPROF])
+        signal.signal(signal.SIGPROF, kept)
+    beside._process.kill()
+    os.waitid(os.P_PID, beside._process.pid, os.WEXITED | os.WNOWAIT)
+    assert beside.call("found", "a", "a")
+
+
 def test_a_module_that_cannot_be_imported_says_so() -> None:
     beside = Limited("deltaray.limited.nowhere", 1.0, 64)
     for _ in range(2):

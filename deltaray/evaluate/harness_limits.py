@@ -5,15 +5,14 @@ A task's own function cannot be sent anywhere, so it runs in a process forked fr
 
 import multiprocessing
 import os
-import resource
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 from deltaray.limited import OverLimitError
+from deltaray.limited.child import limit_memory, obey
 
 SECONDS = 30.0
 """Of computing for one document; math checkers give up by themselves after five, where they can."""
@@ -107,11 +106,9 @@ class Apart:
 def _serve(function: Callable[..., Any], ours: Connection, pipe: Connection, seconds: float) -> None:
     ours.close()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGPROF, signal.SIG_DFL)
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    most = pages * resource.getpagesize() + (MEBIBYTES << 20)
-    resource.setrlimit(resource.RLIMIT_AS, (most, resource.getrlimit(resource.RLIMIT_AS)[1]))
+    obey(signal.SIGTERM)
+    obey(signal.SIGPROF)
+    limit_memory(MEBIBYTES)
     while True:
         try:
             arguments = pipe.recv()

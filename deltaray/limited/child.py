@@ -12,6 +12,7 @@ import resource
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -26,10 +27,11 @@ def main() -> None:
     """Arguments: the module, and the MiB that its functions may take beside what it takes by itself."""
     asked, answers = _pipes()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that asks decides when it is over
+    obey(signal.SIGPROF)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     try:
         functions = importlib.import_module(sys.argv[1])
-        _limit_memory(int(sys.argv[2]))
+        limit_memory(int(sys.argv[2]))
     except BaseException as error:
         _write(answers, json.dumps({"dead": True, **_told(error)}).encode())
         raise
@@ -59,10 +61,19 @@ def _told(error: BaseException) -> dict[str, Any]:
     return {"error": [kind.__module__, kind.__qualname__, str(error)[:MESSAGE_CHARACTERS]]}
 
 
-def _limit_memory(mebibytes: int) -> None:
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    most = pages * resource.getpagesize() + (mebibytes << 20)
-    resource.setrlimit(resource.RLIMIT_AS, (most, most))
+def obey(number: signal.Signals) -> None:
+    """A signal ends this process, whatever the one that has started it did with it."""
+    signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [number])
+
+
+def limit_memory(mebibytes: int) -> None:
+    """To so many beside what the process takes now. Where the system does not tell that (macOS) it stays as it is."""
+    with suppress(FileNotFoundError):
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+        most = pages * resource.getpagesize() + (mebibytes << 20)
+        resource.setrlimit(resource.RLIMIT_AS, (most if hard < 0 else min(most, hard), hard))
 
 
 def _timed(function: Callable[..., Any], arguments: Any, seconds: float, longest: int) -> bytes:

@@ -86,6 +86,8 @@ class Limited:
         self._process, self._lock = None, threading.Lock()
 
     def _running(self) -> "subprocess.Popen[bytes]":
+        if self._process is not None and self._process.poll() is not None:
+            self.close()  # killed by somebody else while it was idle
         if self._process is None:
             path = json.dumps([os.path.abspath(place) for place in sys.path])  # noqa: PTH100
             self._process = subprocess.Popen(
