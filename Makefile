@@ -41,9 +41,10 @@ tools:
 	&& apt-get install -y -qq --no-install-recommends chromium prometheus iproute2 redis-server >/dev/null; } \
 	|| echo "no Chromium, Prometheus, ip or Redis found: their tests will be skipped"
 
-# The bill of materials of cluster/constraints.txt (CycloneDX); without the index's addresses, which are this machine's.
+# The bill of materials of cluster/constraints.txt (CycloneDX); without hashes, and without the index's addresses, which are this machine's.
 sbom: .venv/bin/uv
-	$(BIN)/uvx --quiet --from cyclonedx-bom==7.5.0 cyclonedx-py requirements --output-reproducible cluster/constraints.txt \
+	sed '/^ *--hash=/d; s/ \\$$//' cluster/constraints.txt \
+	| $(BIN)/uvx --quiet --from cyclonedx-bom==7.5.0 cyclonedx-py requirements --output-reproducible - \
 	| $(BIN)/python -c 'import json, sys; bill = json.load(sys.stdin); \
 	[part.pop("externalReferences") for part in bill["components"]]; print(json.dumps(bill, indent=1))' \
 	> cluster/sbom.json

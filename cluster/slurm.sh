@@ -26,14 +26,16 @@ port=$((20000 + SLURM_JOB_ID % 20000))
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 address=$(srun --nodes=1 --ntasks=1 --nodelist="$head" hostname --ip-address | awk '{print $1}')
 
-# --block: Slurm ends these steps, and with them Ray, when the job ends. Each node has its own folder in /tmp.
-srun --nodes=1 --ntasks=1 --nodelist="$head" \
-  ray start --head --node-ip-address="$address" --port="$port" --dashboard-host=127.0.0.1 \
-  --temp-dir="/tmp/ray-$SLURM_JOB_ID" --block &
+# --block: Slurm ends these steps, and with them Ray, when the job ends. Each node makes a folder in /tmp whose name
+# nobody can know before and that only its owner may enter; it is gone with the step.
+# shellcheck disable=SC2016 # the node expands it
+in_own_folder='folder=$(mktemp -d /tmp/ray-XXXXXXXXXX); trap "rm -rf \"$folder\"" EXIT; "$@" --temp-dir="$folder" --block'
+srun --nodes=1 --ntasks=1 --nodelist="$head" bash -c "$in_own_folder" head \
+  ray start --head --node-ip-address="$address" --port="$port" --dashboard-host=127.0.0.1 &
 until ray health-check --address "$address:$port" >/dev/null 2>&1; do sleep 2; done
 if ((SLURM_JOB_NUM_NODES > 1)); then
   srun --nodes=$((SLURM_JOB_NUM_NODES - 1)) --ntasks=$((SLURM_JOB_NUM_NODES - 1)) --exclude="$head" \
-    ray start --address="$address:$port" --block &
+    bash -c "$in_own_folder" worker ray start --address="$address:$port" &
 fi
 nodes() { python -c 'import ray, sys; ray.init(address=sys.argv[1], log_to_driver=False); print(len(ray.nodes()))' "$1"; }
 until [ "$(nodes "$address:$port")" -ge "$SLURM_JOB_NUM_NODES" ]; do sleep 2; done

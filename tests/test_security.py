@@ -1,10 +1,13 @@
 """What SECURITY.md promises: secrets, names, pickles, remote code, ports, containers, pins."""
 
 import ast
+import io
 import json
+import pickle
 import re
 import shlex
 import tomllib
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,7 @@ from deltaray.recipe.scorers import RewardModel
 from deltaray.runtime.preflight import check_model
 from deltaray.score.rewards import RewardWorker
 from deltaray.store import Store
+from deltaray.train.checkpoint import Checkpoints
 from deltaray.train.student import load_module
 
 PLANTED = "hf_PlantedPlantedPlanted9c41"
@@ -173,6 +177,7 @@ def test_nothing_in_the_code_loads_what_could_run() -> None:
         assert "trust_remote_code=True" not in source, file
     assert found == {
         "generate/stream.py": ["pickle.loads"],  # what another of our own processes has packed, inside Ray
+        "limited/child.py": ["pickle.loads"],  # what the process that has started it asks
         "score/confined.py": ["exec"],  # in the sandbox
     }
 
@@ -207,6 +212,26 @@ def test_pickled_weights_are_refused_and_not_read(tmp_path: Path) -> None:
     assert not mark.exists()
 
 
+@pytest.mark.parametrize("dump", [pickle.dumps, lambda trap: _saved(trap)], ids=["pickle", "torch"])
+def test_pickles_in_a_checkpoint_are_not_run(dump: Any, tmp_path: Path) -> None:
+    """Beside its files, and as one of them with the right size and checksum."""
+    mark, checkpoints = tmp_path / "mark", Checkpoints(Store(str(tmp_path / "out")), "run")
+    content = dump({"w|weight": _Trap(mark)})
+    folder = f"{checkpoints.folder}/step"
+    for name in ("rank-00000-00000.safetensors", "mp_rank_00_model_states.pt", "optimizer.pt", "pytorch_model.bin"):
+        checkpoints.store.write_bytes(f"{folder}/{name}", content)
+    files = {"rank-00000-00000.safetensors": [len(content), zlib.crc32(content)]}
+    checkpoints.store.write_json(f"{folder}/manifest.json", {"files": files, "state": {"data": 1, "step": 1}})
+    assert checkpoints.complete() == ["step"] and not checkpoints._is_sound("step", 1, {"w|weight": (2, 3)})
+    assert not mark.exists()
+
+
+def _saved(value: Any) -> bytes:
+    written = io.BytesIO()
+    torch.save(value, written)
+    return written.getvalue()
+
+
 def pods() -> list[tuple[str, dict[str, Any]]]:
     found = []
     for path in sorted((CLUSTER / "kuberay").glob("*.yaml")):
@@ -224,12 +249,37 @@ def test_every_pod_is_confined_and_gets_its_secrets_by_reference() -> None:
         assert pod["securityContext"]["runAsNonRoot"] and pod["securityContext"]["runAsUser"] > 0, name
         for container in pod["containers"]:
             confined = container["securityContext"]
+            assert confined["readOnlyRootFilesystem"] is True
+            mounts = {it["mountPath"]: it["name"] for it in container["volumeMounts"]}
+            volumes = {it["name"]: it for it in pod["volumes"]}
+            assert {"name": "HOME", "value": "/scratch"} in container["env"]
+            assert all("emptyDir" in volumes[mounts[place]] for place in ("/tmp", "/scratch", "/dev/shm"))
             assert confined["allowPrivilegeEscalation"] is False and confined["capabilities"] == {"drop": ["ALL"]}
             assert container["resources"]["limits"] == container["resources"]["requests"]
             assert container["readinessProbe"] and container["livenessProbe"]
             assert not re.search(":latest$|^[^:]*$", container["image"])
             assert not [item for item in container["env"] if re.search("TOKEN|KEY|SECRET|PASSWORD", item["name"])]
             assert all("secretRef" in item for item in container["envFrom"])
+
+
+def test_the_network_lets_in_the_cluster_its_operator_and_metrics() -> None:
+    spec = yaml.safe_load((CLUSTER / "network" / "policy.yaml").read_text())["spec"]
+    nodes = {"matchLabels": {"ray.io/is-ray-node": "yes"}}
+    assert spec["podSelector"] == nodes and spec["policyTypes"] == ["Ingress", "Egress"]
+    among, *others = spec["ingress"]
+    assert among == {"from": [{"podSelector": nodes}]} and spec["egress"][0] == {"to": [{"podSelector": nodes}]}
+    ports = {port["port"] for rule in others for port in rule["ports"]}
+    assert ports == {8265, 52365, 8080} and all(rule["from"] for rule in others)
+    assert "169.254.0.0/16" in spec["egress"][-1]["to"][0]["ipBlock"]["except"]
+
+
+def test_slurms_folders_cannot_be_guessed() -> None:
+    script = (CLUSTER / "slurm.sh").read_text()
+    assert "umask 077" in script and "$SLURM_JOB_ID" not in re.sub(
+        r"mktemp -d \S+", "", script.partition("# --block")[2]
+    )
+    for made in re.findall(r"/tmp/\S+", script):
+        assert "XXXXXXXX" in made, made
 
 
 def starts() -> list[str]:
@@ -259,12 +309,23 @@ def test_ray_is_told_everywhere_not_to_log_the_variables_of_jobs() -> None:
         assert {"name": "RAY_LOGGER_LEVEL", "value": "warning"} in pod["containers"][0]["env"]
 
 
+def pinned() -> dict[str, list[str]]:
+    """The hashes of each pin of the image."""
+    lines = (CLUSTER / "constraints.txt").read_text().replace("\\\n", "").splitlines()
+    found = [line.partition(" --hash") for line in (" ".join(it.split()) for it in lines) if line[:1] not in ("#", "")]
+    return {pin: (dash + rest).split() for pin, dash, rest in found}
+
+
 def test_the_image_runs_without_root_and_pins_everything() -> None:
     lines = [line.split() for line in (CLUSTER / "Dockerfile").read_text().splitlines() if line.strip()]
     assert [words[1] for words in lines if words[0] == "USER"] == ["ray"]
     assert not any("latest" in words[1] for words in lines if words[0] == "FROM")
-    pins = [line for line in (CLUSTER / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    pins = pinned()
     assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.+_-]+( ; .*)?", pin) for pin in pins)
+    for pin, hashes in pins.items():
+        assert hashes and all(re.fullmatch("--hash=sha256:[0-9a-f]{64}", item) for item in hashes), pin
+    runs = " ".join(" ".join(words) for words in lines)
+    assert "pip install --require-hashes --requirement constraints.txt" in runs and "--no-deps ./deltaray" in runs
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     wanted = [*map(Requirement, project["dependencies"] + project["optional-dependencies"]["gpu"])]
     missing = [item for item in wanted if f"{canonicalize_name(item.name)}{item.specifier}" not in pins]
@@ -273,7 +334,7 @@ def test_the_image_runs_without_root_and_pins_everything() -> None:
 
 def test_the_bill_of_materials_lists_what_is_pinned() -> None:
     parts = json.loads((CLUSTER / "sbom.json").read_text())["components"]
-    pins = [line for line in (CLUSTER / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    pins = pinned()
     assert [f"{part['name']}=={part['version']}" for part in parts] == [pin.partition(" ;")[0] for pin in pins]
 
 

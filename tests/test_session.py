@@ -1,12 +1,18 @@
-"""Which Ray a command uses, and what it says of others. Nothing is started."""
+"""Which Ray a command uses, what it says of others, and who can reach it."""
 
+import ipaddress
+import os
 import socket
+import stat
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 
 from deltaray.recipe.recipe import Cluster
 from deltaray.runtime import session
+from deltaray.runtime.localhost import keep_token
 from deltaray.runtime.session import Capacity, address_of, declared_capacity, init_ray, joins_cluster, which_ray
 
 
@@ -16,6 +22,7 @@ def nothing_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     for name in ("RAY_ADDRESS", session.JOB_VARIABLE):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "ray").mkdir()
     return tmp_path / "ray" / "ray_current_cluster"
 
@@ -86,3 +93,44 @@ def test_a_cluster_that_cannot_be_joined_is_the_users_mistake(monkeypatch: pytes
         session._join_or_start(Cluster(address="10.0.0.1:1"))
     with pytest.raises(ConnectionError):
         session._join_or_start(Cluster())
+
+
+# --- who can reach it -------------------------------------------------------------------------------------------
+def test_a_ray_of_ones_own_listens_on_localhost_only(ray_session: Any) -> None:
+    """Its head, node process, agents, workers and this driver."""
+
+    @ray_session.remote
+    def worker() -> int:
+        return os.getpid()
+
+    working = ray_session.get(worker.remote())
+    here = {process.pid: process for process in (psutil.Process(), *psutil.Process().children(recursive=True))}
+    listening: dict[str, set[str]] = {}
+    for it in psutil.net_connections("inet"):
+        if it.status == psutil.CONN_LISTEN and it.pid in here:
+            listening.setdefault(here[it.pid].name(), set()).add(it.laddr.ip)
+    assert working in here and {"gcs_server", "raylet"} <= listening.keys() and len(listening) >= 4, listening
+    for name, addresses in listening.items():
+        for address in map(ipaddress.ip_address, addresses):
+            assert (getattr(address, "ipv4_mapped", None) or address).is_loopback, (name, address)
+    assert ray_session.nodes()[0]["NodeManagerAddress"] == "127.0.0.1"
+
+
+def test_the_token_is_for_its_owner_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    monkeypatch.delenv("RAY_AUTH_TOKEN_PATH", raising=False)
+    kept, path = os.umask(0), tmp_path / ".ray" / "auth_token"
+    try:
+        keep_token()
+    finally:
+        os.umask(kept)
+    token = path.read_text()
+    assert len(token) == 64 and stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+    path.chmod(0o644)  # as Ray leaves it
+    keep_token()
+    assert path.read_text() == token and stat.S_IMODE(path.stat().st_mode) == 0o600
+    monkeypatch.setenv("HOME", "/proc/nowhere")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "")
+    keep_token()
+    assert len(os.environ["RAY_AUTH_TOKEN"]) == 64

@@ -1,14 +1,19 @@
 """Verbs as Ray jobs: what travels, what is refused before anything is sent, and a real cluster that does the work."""
 
 import json
+import os
 import runpy
+import shutil
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
+import grpc
+import psutil
 import pytest
 from completions_server import KEY, completion, serving
 from conftest import ROOT, Finished
@@ -30,7 +35,7 @@ from deltaray.store import Store
 from deltaray.submit.client import in_our_words
 from deltaray.submit.command import asked_job
 from deltaray.submit.job import running_job
-from deltaray.submit.parcel import MAX_MIB, named_files
+from deltaray.submit.parcel import MAX_MIB, named_files, pack
 
 SECRET = "planted-variable-1c9e"
 
@@ -145,6 +150,50 @@ def test_a_study_on_a_real_cluster(
     assert not [secret for secret in (KEY, SECRET) if secret in shown]
 
 
+METHODS = {
+    "gcs_server": ("NodeInfoGcsService/GetAllNodeInfo", "InternalKVGcsService/InternalKVKeys"),
+    "raylet": (
+        "NodeManagerService/RequestWorkerLease",
+        "NodeManagerService/ShutdownRaylet",
+        "ObjectManagerService/Pull",
+    ),
+    "ray::DashboardAgent": ("ReporterService/GetTraceback", "LogService/ListLogs"),
+}
+"""What would do harm, by the process that offers it, on one of its ports."""
+
+
+@pytest.mark.parametrize("token", [None, "0" * 64])
+def test_no_process_of_a_cluster_obeys_without_its_token(server: JobServer, token: str | None) -> None:
+    started = [it for it in psutil.process_iter(["name", "cmdline"]) if it.info["name"] in METHODS]
+    mine = {it.pid: it.info["name"] for it in started if str(server.folder) in " ".join(_told(it))}
+    heard: dict[str, set[str]] = {}
+    for it in psutil.net_connections("tcp"):
+        if it.status == psutil.CONN_LISTEN and it.pid in mine:
+            for method in METHODS[mine[it.pid]]:
+                heard.setdefault(method, set()).add(_asked(it.laddr.port, method, token))
+    assert heard.keys() == {method for methods in METHODS.values() for method in methods}
+    for method, said in heard.items():
+        assert "UNAUTHENTICATED" in said and said <= {"UNAUTHENTICATED", "UNIMPLEMENTED", "UNAVAILABLE"}, (method, said)
+
+
+def _told(process: psutil.Process) -> list[str]:
+    """Its command line, and the agents' working folder of logs, which their title hides."""
+    with suppress(psutil.Error):
+        return [*process.info["cmdline"], *(file.path for file in process.open_files())]
+    return []
+
+
+def _asked(port: int, method: str, token: str | None) -> str:
+    """The status of a call; UNAVAILABLE of a port that speaks HTTP, UNIMPLEMENTED of one with other methods."""
+    metadata = [("authorization", f"Bearer {token}")] if token else []
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        try:
+            channel.unary_unary(f"/ray.rpc.{method}")(b"", timeout=60, metadata=metadata)
+        except grpc.RpcError as error:
+            return str(error.code().name)
+    return "OK"
+
+
 def wait_for(what: Callable[[], object]) -> None:
     deadline = time.monotonic() + 300
     while not what() and time.monotonic() < deadline:
@@ -236,6 +285,81 @@ def test_what_cannot_travel_is_refused_before_anything_is_sent(
         file.truncate((MAX_MIB + 8) * 2**20)
     large = refused(capfd, monkeypatch, path, "--set", "prompts.path=data/large.jsonl")
     assert f"prompts.path: data/large.jsonl has {MAX_MIB + 8} MiB" in large and "its absolute path" in large
+
+
+@pytest.mark.parametrize("name", ["file", "chain", "folder", "inside", "deep", "recipe"])
+def test_no_link_takes_along_what_lies_outside(
+    name: str, recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outside, here = tmp_path / "outside", tmp_path / "here"
+    outside.mkdir()
+    (outside / "notes.jsonl").write_text(json.dumps({"prompt": SECRET}))
+    shutil.copytree(tmp_path / "data", here / "data")
+    monkeypatch.chdir(here)
+    model = Path("models/weak")
+    (model / "more").mkdir(parents=True)
+    (model / "config.json").write_text("{}")
+    recipe["teachers"]["weak"] = {"model": str(model)}
+    if name in ("file", "chain"):
+        Path("a").symlink_to(outside / "notes.jsonl")
+        Path("b").symlink_to("a")
+        recipe["prompts"]["path"] = "a" if name == "file" else "b"
+    elif name == "folder":
+        Path("linked").symlink_to(outside)
+        recipe["prompts"]["path"] = "linked/notes.jsonl"
+    elif name in ("inside", "deep"):
+        (model / "notes.jsonl" if name == "inside" else model / "more" / "notes").symlink_to(outside / "notes.jsonl")
+    path = Path(write(recipe))
+    if name == "recipe":
+        path.rename(outside / "study.yaml")
+        path.symlink_to(outside / "study.yaml")
+    (tmp_path / "parcel").mkdir()
+    with pytest.raises(UserError, match=r"^[\w.]+: [\w/.]+ leads out of this folder, to .*/outside/.*cannot travel"):
+        pack(path, load_recipe(path), tmp_path / "parcel")
+    assert not [file for file in (tmp_path / "parcel").rglob("*") if file.is_file()]
+
+
+def test_links_within_the_folder_travel_as_what_they_name(recipe: dict[str, Any], tmp_path: Path) -> None:
+    Path("blobs").mkdir()
+    Path("blobs/1f3c").write_text("{}")
+    Path("models/v2/parts").mkdir(parents=True)
+    Path("models/v2/config.json").symlink_to("../../blobs/1f3c")
+    Path("models/latest").symlink_to("v2")
+    recipe["teachers"]["weak"] = {"model": "models/latest"}
+    parcel = tmp_path / "parcel"
+    parcel.mkdir()
+    path = Path(write(recipe))
+    pack(path, load_recipe(path), parcel)
+    found = {str(file.relative_to(parcel)) for file in parcel.rglob("*") if file.is_file()}
+    assert found == {"study.yaml", "data/prompts.jsonl", "models/latest/config.json"}
+    assert not any(file.is_symlink() for file in parcel.rglob("*"))
+    Path("models/v2/parts/up").symlink_to("..")
+    with pytest.raises(UserError, match=r"models/latest/parts/up is a link to a folder that it lies in"):
+        pack(path, load_recipe(path), parcel)
+
+
+def test_keys_and_what_is_no_file_stay_here(
+    recipe: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, parcel = Path("models/weak/own"), tmp_path / "parcel"
+    model.mkdir(parents=True)
+    parcel.mkdir()
+    for name in ("config.json", ".env", ".env.production", "id_ed25519", "server.pem", "aws_credentials"):
+        (model / name).write_text(SECRET if name != "config.json" else "{}")
+    (model / ".ssh").mkdir()
+    (model / ".ssh/config").write_text(SECRET)
+    recipe["teachers"]["weak"] = {"model": str(model)}
+    path = Path(write(recipe))
+    pack(path, load_recipe(path), parcel)
+    assert not [file for file in parcel.rglob("*") if file.is_file() and SECRET in file.read_text()]
+    assert sum("does not travel with the job" in record.message for record in caplog.records) == 6
+    recipe["prompts"]["path"] = str(model / ".env")
+    with pytest.raises(UserError, match=r"^prompts.path: .*\.env: keys are kept under names such as .env"):
+        pack(path, load_recipe(Path(write(recipe))), parcel)
+    recipe["prompts"]["path"] = "data/prompts.jsonl"
+    os.mkfifo(model / "queue")
+    with pytest.raises(UserError, match=r"own/queue is no file \(a socket, a pipe or a device\)"):
+        pack(path, load_recipe(Path(write(recipe))), parcel)
 
 
 def test_no_job_server_is_one_message(recipe: dict[str, Any], submit: Callable[..., Finished]) -> None:

@@ -18,6 +18,7 @@ from lm_eval.tasks import TaskManager
 
 from deltaray.contracts import REPLIES, REQUESTS
 from deltaray.errors import StageError, UserError
+from deltaray.evaluate.harness_limits import limited_scoring
 from deltaray.evaluate.harness_model import HarnessModel, Reply
 from deltaray.evaluate.samples import sample_rows, store_samples, task_summary
 from deltaray.recipe.evaluation import Harness, HarnessTask
@@ -72,19 +73,24 @@ def score(store: Store, unit: AskUnit) -> dict[str, Any]:
     spec, harness, teacher = _sections(unit)
     replies = _replies(store, unit)
     model = _model(unit, teacher, harness, replies)
-    found = evaluate(
-        model,
-        _load(spec, harness),
-        limit=spec.limit,
-        bootstrap_iters=BOOTSTRAPS,
-        system_instruction=harness.system or teacher.system,
-        apply_chat_template=bool(spec.chat),
-        fewshot_as_multiturn=bool(spec.chat),
-        confirm_run_unsafe_code=harness.unsafe_code,
-    )
+    loaded = _load(spec, harness)
+    with limited_scoring(loaded["tasks"].values()) as over:
+        found = evaluate(
+            model,
+            loaded,
+            limit=spec.limit,
+            bootstrap_iters=BOOTSTRAPS,
+            system_instruction=harness.system or teacher.system,
+            apply_chat_template=bool(spec.chat),
+            fewshot_as_multiturn=bool(spec.chat),
+            confirm_run_unsafe_code=harness.unsafe_code,
+        )
     rows, metric = sample_rows(unit["task"], found, spec)
     record = store.read_json(f"{unit['folder']}/requests.json")
     summary = task_summary(rows, metric, found, replies.values(), record["truncated"]) | {"identity": unit["identity"]}
+    if over:
+        summary["answers"]["unscored"] = len(over)
+        summary["answers"]["notes"] |= {"check took too much time or memory, counted as empty": len(over)}
     store_samples(store, unit["model"], unit["task"], rows, summary)
     store.delete(store.listing(unit["folder"], suffix=""))
     return {"model": unit["model"], "task": unit["task"]}

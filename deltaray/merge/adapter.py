@@ -17,6 +17,7 @@ import torch
 from safetensors import safe_open
 
 from deltaray.errors import UserError
+from deltaray.limited import OverLimitError, RaisedError, limited
 from deltaray.merge.factors import Factors
 from deltaray.weights.headers import tensors_of_file
 
@@ -44,6 +45,10 @@ REFUSED: Mapping[str, str] = {
     "megatron_config": "Megatron's layers split their weights; convert the adapter to ordinary PEFT",
 }
 """Keys of adapter_config.json which, when set, make an adapter more than products B A; and the mend."""
+PATTERNS = ("rank_pattern", "alpha_pattern")
+"""Numbers of adapter_config.json by regular expressions on the modules' names."""
+MATCH_SECONDS = 2.0
+"""Of computing for all modules of an adapter; the patterns of ordinary ones take milliseconds."""
 PLAIN_STARTS = ("gaussian", "eva", "orthogonal", "mica", "true", "false")
 """Values of init_lora_weights that leave the base as it is; PiSSA, OLoRA, CorDA, LoRA-GA and LoftQ change it."""
 
@@ -78,6 +83,7 @@ class Adapter:
         self.config = _read_config(folder)
         self._file = _open_weights(folder)
         self.modules, self.base_copies = _modules(folder / WEIGHTS, list(self._file.keys()))
+        self._ranks, self._alphas = (pattern_values(folder, self.config, key, self.modules) for key in PATTERNS)
         self.shapes = {keys.module: self._shape(keys) for keys in self.modules.values()}
         self.dtype = self._widest()
 
@@ -89,8 +95,8 @@ class Adapter:
 
     def scaling(self, module: str) -> float:
         """alpha / r of a module, or alpha / sqrt(r) for rsLoRA, patterns included."""
-        rank = _matching(self.config.get("rank_pattern"), module, self.config["r"])
-        alpha = _matching(self.config.get("alpha_pattern"), module, self.config.get("lora_alpha", 8))
+        rank = self._ranks.get(module, self.config["r"])
+        alpha = self._alphas.get(module, self.config.get("lora_alpha", 8))
         return float(alpha) / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
 
     def factors(self, module: str) -> Factors | None:
@@ -123,7 +129,7 @@ class Adapter:
         where = f"{self.folder / WEIGHTS}: {keys.down}"
         if len(down) != 2 or len(up) != 2:
             raise UserError(f"{where}: shapes {down} and {up} are no matrices; only linear layers and embeddings merge")
-        rank = _matching(self.config.get("rank_pattern"), keys.module, self.config["r"])
+        rank = self._ranks.get(keys.module, self.config["r"])
         if (down[0], up[1]) != (rank, rank):
             raise UserError(f"{where}: rank {down[0]} here, {up[1]} in B and {rank} in {CONFIG} must be the same")
         return up[0], down[1]
@@ -178,7 +184,7 @@ def _refuse_more_than_lora(path: Path, config: Mapping[str, Any]) -> None:
 
 
 def _refuse_numbers(path: Path, config: Mapping[str, Any]) -> None:
-    for key in ("rank_pattern", "alpha_pattern"):
+    for key in PATTERNS:
         _refuse_pattern(f"{path}: {key}", config.get(key) or {})
     ranks = [config.get("r"), *(config.get("rank_pattern") or {}).values()]
     if not all(type(rank) is int and rank > 0 for rank in ranks):
@@ -234,9 +240,20 @@ def _modules(path: Path, keys: list[str]) -> tuple[dict[str, Keys], list[str]]:
     return {name.module: name for name in sides}, copies
 
 
-def _matching(pattern: Mapping[str, Any] | None, module: str, default: Any) -> Any:
-    """PEFT's rule: the first key that is the module's name or its end from a dot on; keys are regular expressions."""
-    for key, value in (pattern or {}).items():
-        if re.match(rf"(.*\.)?({key})$", module):
-            return value
-    return default
+def pattern_values(folder: Path, config: Mapping[str, Any], key: str, modules: Iterable[str]) -> dict[str, Any]:
+    """What one of `PATTERNS` says of the modules, by name; modules of which it says nothing are left out.
+
+    Raises:
+        UserError: its regular expressions are none, or take too long; vLLM and PEFT would try the same ones.
+    """
+    values = config.get(key) or {}
+    if not values:
+        return {}
+    try:
+        asked = limited("deltaray.limited.patterns", MATCH_SECONDS)
+        return {name: values[found] for name, found in asked.call("keys_of", list(values), list(modules)).items()}
+    except (OverLimitError, RaisedError) as error:
+        raise UserError(
+            f"{folder / CONFIG}: {key}: cannot be matched with the names of its modules: {error}; write the ends of "
+            "the names there, such as q_proj"
+        ) from None

@@ -5,6 +5,7 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 from deltaray.errors import UserError
+from deltaray.limited import OverLimitError, limited
 from deltaray.recipe import filters as recipe
 from deltaray.score.surface import cjk_share, is_refusal, is_repetitive
 
@@ -32,6 +33,12 @@ _IDENTITY = re.compile(
     r"|\b(?:deepseek|qwen|alibaba cloud)\b",
     re.IGNORECASE,
 )
+
+
+SPECIAL = frozenset(r"\.^$*+?{}[]|()")
+"""Characters without which a regular expression is plain text."""
+SEARCH_SECONDS = 1.0
+"""Of computing for the search of one text."""
 
 
 def claims_other_identity(text: str) -> bool:
@@ -66,6 +73,8 @@ def text_filter(item: Any, dropped: Collection[str] = ()) -> Rule | None:
         return _of_sources(item, lambda pair: pair["prompt_id"] not in dropped)
     if isinstance(item, recipe.Correctness):
         return _of_sources(item, lambda pair: _is_correct(item, pair))
+    if isinstance(item, recipe.Keywords):
+        return _of_sources(item, _without_keywords(item))
     fault = _fault(item)
     return None if fault is None else _of_sources(item, _sided(item.side, fault))
 
@@ -91,10 +100,27 @@ def _fault(item: Any) -> Callable[[str], bool] | None:
         return lambda text: language_of(text) not in item.languages
     if isinstance(item, recipe.Identity):
         return claims_other_identity
-    if isinstance(item, recipe.Keywords):
-        pattern = re.compile("|".join(f"(?:{one})" for one in item.patterns), re.IGNORECASE)
-        return lambda text: pattern.search(text) is not None
     return is_refusal if isinstance(item, recipe.Refusal) else None
+
+
+def _without_keywords(item: recipe.Keywords) -> Rule:
+    """Plain words are looked for here; expressions with limits, and what cannot be searched in time does not stay."""
+    pattern = "|".join(f"(?:{one})" for one in item.patterns)
+    plain = re.compile(pattern, re.IGNORECASE) if not SPECIAL & {*"".join(item.patterns)} else None
+
+    def is_found(text: str) -> bool:
+        if plain is not None:
+            return plain.search(text) is not None
+        return bool(limited("deltaray.limited.patterns", SEARCH_SECONDS).call("found", pattern, text))
+
+    def rule(pair: Candidate) -> bool:
+        try:
+            return not any(is_found(pair[side][0]["content"]) for side in _sides(item.side))
+        except OverLimitError as error:
+            pair["refusal"] = f"filter keywords: its patterns cannot be searched for: {error}"
+            return False
+
+    return rule
 
 
 def _sided(side: str, fault: Callable[[str], bool]) -> Rule:

@@ -4,7 +4,7 @@ import os
 import signal
 import socket
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from deltaray.errors import UserError
 from deltaray.recipe.models import Engine
 from deltaray.recipe.recipe import Cluster
 from deltaray.runtime.failures import cause_of
+from deltaray.runtime.localhost import keep_token, on_localhost
 from deltaray.runtime.watch import RayletWatch
 
 EMBEDDED_CPUS = 8
@@ -170,14 +171,19 @@ def cluster_capacity(cluster: Cluster) -> Capacity:
 def init_ray(arguments: dict[str, Any]) -> None:
     """`ray.init`, repeated on a machine so busy that Ray's processes need longer than the 30 s it gives them.
 
-    Without an `address` it starts a Ray of its own, whatever else runs or has run on this machine.
+    Without an `address` it starts a Ray of its own, whatever else runs or has run on this machine. That listens on
+    localhost, and asks other users of this machine for a token unless RAY_AUTH_MODE says `disabled`.
     """
     import ray
 
     arguments = {"address": "local"} | arguments
+    own = arguments["address"] == "local"
+    if own and os.environ.get("RAY_AUTH_MODE", "token") == "token":
+        keep_token()
     for attempt in range(1, START_ATTEMPTS + 1):
         try:
-            ray.init(**arguments)
+            with on_localhost() if own else nullcontext():
+                ray.init(**arguments)
             return
         except Exception as error:
             slow = "timed out during startup" in str(error)

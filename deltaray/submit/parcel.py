@@ -1,8 +1,11 @@
 """What travels with a job: the recipe and what it names by a relative path; absolute paths are the cluster's."""
 
+import logging
 import os
 import shutil
+import stat
 from collections.abc import Iterator
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,15 @@ from deltaray.errors import UserError
 from deltaray.prompts.text import CODECS
 from deltaray.recipe import Recipe
 
+log = logging.getLogger(__name__)
+
 MAX_MIB = 32
+SECRETS = (
+    ".env*", ".ssh", ".aws", ".azure", ".config", ".docker", ".git*", ".gnupg", ".kube", ".netrc", ".npmrc", ".pypirc",
+    ".ray", "id_rsa*", "id_dsa*", "id_ecdsa*", "id_ed25519*", "*.pem", "*.key", "*.p12", "*.pfx", "*.kdbx",
+    "*credentials*", "auth_token", "*.token", "secrets.*",
+)  # fmt: skip
+"""Names under which keys are kept, as a rule."""
 FILE_KEYS = ("path", "paths", "include", "model", "adapter", "adapters", "chat_template")
 """Keys of a recipe that may name files."""
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".jinja", ".txt", *CODECS)
@@ -23,16 +34,14 @@ def pack(path: Path, recipe: Recipe, folder: Path) -> None:
         UserError: something would be lost with the job, cannot be found, or is too large to travel.
     """
     _refuse_lost(recipe)
-    files = dict(named_files(recipe))
-    _refuse_large(files)
-    for relative in files:
-        target = folder / relative
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if relative.is_dir():
-            shutil.copytree(relative, target, dirs_exist_ok=True)
-        else:
-            shutil.copy2(relative, target)
-    shutil.copy2(path, folder / path.name)
+    _refuse_link_out(path, "RECIPE")
+    named = {relative: (key, dict(_files(relative, key))) for relative, key in named_files(recipe)}
+    _refuse_large({relative: (key, [*files.values()]) for relative, (key, files) in named.items()})
+    for _, files in named.values():
+        for relative, real in files.items():
+            (folder / relative).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(real, folder / relative)
+    shutil.copyfile(path, folder / path.name)
 
 
 def _refuse_lost(recipe: Recipe) -> None:
@@ -98,17 +107,66 @@ def _is_made(recipe: Recipe, path: Path) -> bool:
     return recipe.miniature is not None and path.is_relative_to(recipe.miniature.directory)
 
 
-def _refuse_large(files: dict[Path, str]) -> None:
-    sizes = {path: _size(path) for path in files}
+# --- nothing from outside -----------------------------------------------------------------------------------------
+def _files(path: Path, key: str, above: tuple[str, ...] = ()) -> Iterator[tuple[Path, str]]:
+    """(relative path, real path) of a file, or of all files in a folder, links followed as far as this folder goes.
+
+    Args:
+        above: the real paths of the folders on the way here.
+    Raises:
+        UserError: it leads out of this folder, is no file, or is where keys are kept.
+    """
+    real = _refuse_link_out(path, key)
+    if not above and (secret := _secret_in(path)):
+        raise UserError(f"{key}: {path}: keys are kept under names such as {secret}, and do not travel with a job")
+    if not os.path.isdir(real):  # noqa: PTH112
+        _refuse_special(path, real, key)
+        yield path, real
+        return
+    if real in above:
+        raise UserError(f"{key}: {path} is a link to a folder that it lies in; remove it")
+    for entry in sorted(path.iterdir()):
+        if entry.name.startswith(".") or _secret_in(Path(entry.name)):
+            log.warning(f"{key}: {entry} does not travel with the job: hidden files and those with keys are left out")
+        else:
+            yield from _files(entry, key, (*above, real))
+
+
+def _refuse_link_out(path: Path, key: str) -> str:
+    """The real path; UserError where a path that begins in this folder ends outside of it.
+
+    A second name of a file (a hard link) cannot be told from the first.
+    """
+    here, real = os.path.realpath("."), os.path.realpath(path)
+    if _is_inside(os.path.abspath(path), here) and not _is_inside(real, here):  # noqa: PTH100
+        raise UserError(f"{key}: {path} leads out of this folder, to {real}, so it cannot travel with the job; {_MEND}")
+    return real
+
+
+def _is_inside(path: str, folder: str) -> bool:
+    return os.path.commonpath([path, folder]) == folder
+
+
+def _refuse_special(path: Path, real: str, key: str) -> None:
+    try:
+        mode = os.stat(real).st_mode  # noqa: PTH116
+    except OSError as error:
+        raise UserError(f"{key}: {path} cannot be read: {error.strerror}; remove it, or {_MEND}") from None
+    if not stat.S_ISREG(mode):
+        raise UserError(f"{key}: {path} is no file (a socket, a pipe or a device) and cannot travel with the job")
+
+
+def _secret_in(path: Path) -> str | None:
+    """The part of a path that names a place for keys."""
+    return next((part for part in path.parts if any(fnmatchcase(part.lower(), name) for name in SECRETS)), None)
+
+
+def _refuse_large(files: dict[Path, tuple[str, list[str]]]) -> None:
+    sizes = {path: sum(os.path.getsize(real) for real in reals) for path, (_, reals) in files.items()}  # noqa: PTH202
     total = sum(sizes.values())
     if total > MAX_MIB * 2**20:
         largest = max(sizes, key=lambda path: sizes[path])
         raise UserError(
-            f"{files[largest]}: {largest} has {sizes[largest] / 2**20:,.0f} MiB, all files that the recipe names "
+            f"{files[largest][0]}: {largest} has {sizes[largest] / 2**20:,.0f} MiB, all files that the recipe names "
             f"{total / 2**20:,.0f} MiB; a job carries {MAX_MIB} MiB at most: {_MEND}"
         )
-
-
-def _size(path: Path) -> int:
-    files = path.rglob("*") if path.is_dir() else [path]
-    return sum(file.stat().st_size for file in files if file.is_file())

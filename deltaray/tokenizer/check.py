@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from deltaray.errors import UserError, first_line
+from deltaray.limited import OverLimitError
 from deltaray.recipe.models import Model, Student, Teacher
 from deltaray.recipe.scorers import RewardModel
 from deltaray.tokenizer.control import ANSWERED, ASKED, TOLD, system_refusal, turn_end, written
@@ -21,7 +22,7 @@ def check_tokenizer(model: Model, key: str) -> Any:
         UserError: with what to do; `key` names the recipe's section.
     """
     tokenizer = load_tokenizer(model, key)
-    turns = [*_needed(tokenizer), ("user", ASKED)]
+    turns = [*_needed(tokenizer, key), ("user", ASKED)]
     _check_shown(tokenizer, key, turns, add_generation_prompt=True)
     if isinstance(model, Student | RewardModel):
         _check_shown(tokenizer, key, [*turns, ("assistant", ANSWERED)])
@@ -40,7 +41,7 @@ def _check_shown(tokenizer: Any, key: str, turns: list[tuple[str, str]], **optio
     try:
         text = written(tokenizer, *turns, **options)
     except ValueError as error:
-        raise UserError(f"{key}: {error}; correct it, or name another in {key}.chat_template") from None
+        raise UserError(_refused(key, error)) from None
     for role, content in turns:
         if content not in text:
             raise UserError(
@@ -49,10 +50,16 @@ def _check_shown(tokenizer: Any, key: str, turns: list[tuple[str, str]], **optio
             )
 
 
-def _needed(tokenizer: Any) -> list[tuple[str, str]]:
+def _refused(key: str, error: ValueError) -> str:
+    return f"{key}: {error}; correct it, or name another in {key}.chat_template"
+
+
+def _needed(tokenizer: Any, key: str) -> list[tuple[str, str]]:
     """The system turn without which the template takes no prompt; none, as a rule."""
     try:
         written(tokenizer, ("user", ASKED), add_generation_prompt=True)
+    except OverLimitError as error:  # it will not do better with another turn
+        raise UserError(_refused(key, error)) from None
     except ValueError:
         return [] if system_refusal(tokenizer) else [("system", TOLD)]
     return []

@@ -12,6 +12,7 @@ from itertools import takewhile
 from typing import Any, TypeVar
 
 from deltaray.errors import first_line
+from deltaray.limited import OverLimitError
 
 R = TypeVar("R")
 
@@ -55,7 +56,8 @@ def written(tokenizer: Any, *turns: tuple[str, str], last: Mapping[str, str] | N
         text = tokenizer.apply_chat_template(messages, tokenize=False, **_arguments(tokenizer) | options)
     except Exception as error:  # templates raise what they like
         roles = ", ".join(role for role, _ in turns)
-        raise ValueError(f"the chat template refuses turns of {roles}: {first_line(error)}") from None
+        kind = OverLimitError if isinstance(error, OverLimitError) else ValueError
+        raise kind(f"the chat template refuses turns of {roles}: {first_line(error)}") from None
     return str(text)
 
 

@@ -12,6 +12,7 @@ from deltaray.errors import UserError, first_line
 from deltaray.imports import quick_imports
 from deltaray.recipe.models import Model
 from deltaray.tokenizer.compare import difference, loses_text
+from deltaray.tokenizer.templates import limit_templates
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +60,7 @@ def as_the_files_say(model: Model, key: str) -> Any:
     Raises:
         UserError: neither does. Also what transformers raises where there is no tokenizer.
     """
+    limit_templates()
     file = model_file(model, TOKENIZER)
     if file is None and (tekken := model_file(model, TEKKEN)) is not None:
         return _marked(_of_tekken(tekken))

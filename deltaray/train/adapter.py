@@ -5,6 +5,8 @@ from typing import Any
 from torch import nn
 
 from deltaray.errors import UserError
+from deltaray.limited import OverLimitError, RaisedError, limited
+from deltaray.merge.adapter import MATCH_SECONDS
 from deltaray.recipe.training import Lora
 from deltaray.train.experts import expert_blocks
 from deltaray.weights.adapters import fill_adapter
@@ -24,6 +26,8 @@ def with_adapter(model: Any, lora: Lora, start: str | None = None) -> Any:
     from peft import LoraConfig, get_peft_model
 
     targets = targets_of(model, lora)
+    if isinstance(targets, str) and targets != ALL:
+        _refuse_slow(targets, model)
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.rank,
@@ -40,6 +44,18 @@ def with_adapter(model: Any, lora: Lora, start: str | None = None) -> Any:
     if start is not None:
         fill_adapter(adapted, start)
     return adapted
+
+
+def _refuse_slow(targets: str, model: nn.Module) -> None:
+    """PEFT matches one text as a regular expression with the names of all modules, without a limit."""
+    names = [name for name, _ in model.named_modules()]
+    try:
+        limited("deltaray.limited.patterns", MATCH_SECONDS).call("full_matches", targets, names)
+    except (OverLimitError, RaisedError) as error:
+        raise UserError(
+            f"lora.targets: {targets!r} cannot be matched with the names of the layers: {error}; write a list of their "
+            "last parts, such as [q_proj, v_proj]"
+        ) from None
 
 
 def targets_of(model: nn.Module, lora: Lora) -> str | list[str]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from deltaray.errors import StageError, UserError
 from deltaray.generate.spec import lora_rank
-from deltaray.merge.adapter import BASE_COPY, CONFIG, LORA, PREFIX, WEIGHTS
+from deltaray.merge.adapter import BASE_COPY, CONFIG, LORA, PATTERNS, PREFIX, WEIGHTS, pattern_values
 from deltaray.weights.headers import Held, and_others, tensors_of_file
 from deltaray.weights.names import match_names
 
@@ -36,6 +36,7 @@ def check_adapter(folder: Path, key: str, skeleton: Any, held: Mapping[str, Held
     except UserError as error:
         raise UserError(f"{key}: {error}") from None
     modules = _modules(tensors, f"{key}: {folder / WEIGHTS}", _rows(skeleton))
+    _refuse_patterns(folder, key, modules)
     if skeleton is not None or held:
         _refuse_strangers(modules, f"{key}: {folder / WEIGHTS}", skeleton, held)
     if skeleton is not None:
@@ -67,6 +68,16 @@ def _modules(tensors: Mapping[str, Held], where: str, rows: int | None) -> dict[
     if not modules:
         raise UserError(f"{where}: holds no LoRA tensor; save the adapter again")
     return modules
+
+
+def _refuse_patterns(folder: Path, key: str, modules: Mapping[str, Any]) -> None:
+    """vLLM matches the same patterns with the same names, without a limit."""
+    config = json.loads((folder / CONFIG).read_text())
+    try:
+        for pattern in PATTERNS:
+            pattern_values(folder, config, pattern, modules)
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from None
 
 
 def _stranger(key: str, tensor: Held, rows: int | None) -> str:
