@@ -27,7 +27,7 @@ from deltaray.generate.requests import Output, failed
 from deltaray.recipe import models
 from deltaray.runtime.failures import reason_of
 from deltaray.runtime.guard import FROZEN
-from deltaray.runtime.server import NoReplyError, Server, below, is_address
+from deltaray.runtime.server import NO_KEY, NoReplyError, Server, below, is_address
 
 log = logging.getLogger(__name__)
 
@@ -131,7 +131,7 @@ class Endpoint:
     """
 
     def __init__(self, spec: EndpointSpec, key: str | None) -> None:
-        self._server = Server(below(spec.url, "chat/completions"), spec.timeout, key, spec.in_flight)
+        self._server = Server(below(spec.url, "chat/completions"), spec.timeout, key or NO_KEY, spec.in_flight)
         self._spec = spec
         self._slots = asyncio.Semaphore(spec.in_flight)
         self._pace = Pace(spec.requests_per_minute)

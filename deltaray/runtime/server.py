@@ -22,7 +22,7 @@ WORDS = 500
 """Characters kept of what a server says besides its answer: some answer with a whole page."""
 CONNECT_SECONDS = 30.0
 NO_KEY = "EMPTY"
-"""Sent where there is no key: some servers refuse a request without any."""
+"""Sent to models where there is no key: some servers refuse a request without any."""
 _PACKED = ("gzip", "x-gzip", "deflate")
 
 
@@ -70,9 +70,10 @@ class Server:
         for name in ("httpx2", "httpcore2"):  # at level DEBUG they log headers, which may quote the key
             logging.getLogger(name).setLevel(logging.WARNING)
         self.url, self.timeout = httpx2.URL(url), timeout
-        self._of_answers, self._of_errors = Cleaner([key or ""]), Cleaner([key or ""], short=True)
+        secrets = [key] if key and key != NO_KEY else []
+        self._of_answers, self._of_errors = Cleaner(secrets), Cleaner(secrets, short=True)
         self._headers = {"Accept": "application/json", "Accept-Encoding": "identity", "User-Agent": "deltaray"}
-        self._headers |= {"Content-Type": "application/json", "Authorization": f"Bearer {key or NO_KEY}"}
+        self._headers |= {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
         self._client = httpx2.AsyncClient(
             timeout=httpx2.Timeout(timeout, connect=min(timeout, CONNECT_SECONDS)),
             limits=httpx2.Limits(max_connections=None, max_keepalive_connections=kept_alive),

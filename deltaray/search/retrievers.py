@@ -43,7 +43,7 @@ class Server:
     pause: float = 1.0  # seconds before the first repetition
 
     async def find(self, queries: list[str], count: int) -> list[list[str]]:
-        """Raises StageError for a server that stays away or refuses everybody, AnswerError for one that says nonsense."""
+        """Raises StageError for a server that stays away or refuses all, AnswerError for one that says nonsense."""
         server, reason, nonsense = client.Server(self.url, SECONDS), "", False
         try:
             for attempt in range(RETRIES + 1):
