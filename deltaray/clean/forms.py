@@ -9,7 +9,7 @@ import base64
 import json
 import re
 from collections.abc import Iterable, Iterator
-from functools import cached_property
+from functools import lru_cache
 from typing import Any
 from urllib.parse import quote
 
@@ -34,14 +34,17 @@ _NUMBER = r"&\#0{0,6}"
 _ESCAPED = re.compile(rf"{_CODE}([2-7][0-9a-f])[;}}]?|{_NUMBER}(\d{{2,3}});?|\\([bfnrt/\"'])", re.IGNORECASE)
 
 
-def _escapes_of(codes: Iterable[int]) -> str:
-    """A pattern of all ways to escape one of some characters."""
-    hexes, decimals = zip(*((f"{code:02x}", str(code)) for code in codes), strict=True)
-    return rf"(?:{_CODE}(?:{'|'.join(hexes)})|{_NUMBER}(?:{'|'.join(decimals)}))[;}}]?"
-
-
-_OTHERS = _escapes_of(code for code in range(0x20, 0x7F) if chr(code) not in _PLAIN)
-_BETWEEN = rf"(?>(?:{_OTHERS}|\\[bfnrt]|(?!{_escapes_of(map(ord, _PLAIN))})[^A-Za-z0-9])*)"
+_OTHERS = (
+    rf"(?:{_CODE}(?:2[0-9a-f]|3[a-f]|40|5[b-f]|60|7[b-e])"
+    rf"|{_NUMBER}(?:3[2-9]|4[0-7]|5[89]|6[0-4]|9[1-6]|12[3-6]))[;}}]?"
+)
+"""Escapes of signs that are no letters or digits."""
+_OWN = (
+    rf"{_CODE}(?:3[0-9]|4[1-9a-f]|5[0-9a]|6[1-9a-f]|7[0-9a])"
+    rf"|{_NUMBER}(?:4[89]|5[0-7]|6[5-9]|[78][0-9]|90|9[7-9]|1[01][0-9]|12[0-2])"
+)
+"""Escapes of letters and digits."""
+_BETWEEN = rf"(?>(?:{_OTHERS}|\\[bfnrt]|(?!{_OWN})[^A-Za-z0-9])*)"
 """What may stand between two characters of a secret: anything else than letters and digits, escaped or not."""
 
 
@@ -69,7 +72,7 @@ class Cleaner:
         """Whether one of the secrets is in a text."""
         if self._words and self._words.search(text):
             return True
-        return bool(self._plain) and any(map(self._is_in, _views(text)))
+        return bool(self._plain) and any(self._found_in(view) for view in _views(text))
 
     def clean(self, text: str) -> str:
         """The text without the secrets. One that shows that it holds one, but not where, is replaced as a whole."""
@@ -78,10 +81,10 @@ class Cleaner:
         text = self._words.sub(self.mark, text) if self._words else text
         for secret in self._plain:
             text = text.replace(secret, self.mark)
-        if len(text) <= LONGEST and self.holds(text):
+        if len(text) <= LONGEST and (needles := {it for view in _views(text) for it in self._needles_in(view)}):
             text = _once(text)
-            for pattern in self._patterns:
-                text = pattern.sub(self.mark, text)
+            for needle in sorted(needles):
+                text = _dressed(needle).sub(self.mark, text)
         return self.mark if self.holds(text) else text
 
     def clean_all(self, value: Any) -> Any:
@@ -97,15 +100,12 @@ class Cleaner:
             return {self.clean(name): self._cleaned(item) for name, item in value.items()}
         return [self._cleaned(item) for item in value] if isinstance(value, list) else value
 
-    def _is_in(self, view: str) -> bool:
-        if any(secret in view for secret in self._plain):
-            return True
-        packed = _packed(view)
-        return any(needle in packed for needle in self._needles)
+    def _found_in(self, view: str) -> bool:
+        return any(secret in view for secret in self._plain) or bool(self._needles_in(view))
 
-    @cached_property
-    def _patterns(self) -> list[re.Pattern[str]]:
-        return [re.compile(_BETWEEN.join(map(_dressed, needle.decode())), re.IGNORECASE) for needle in self._needles]
+    def _needles_in(self, view: str) -> list[bytes]:
+        packed = _packed(view)
+        return [needle for needle in self._needles if needle in packed]
 
 
 def _needles(secret: str) -> Iterator[bytes]:
@@ -153,9 +153,16 @@ def _character(found: re.Match[str]) -> str:
     return chr(int(decimal)) if decimal else " "
 
 
-def _dressed(letter: str) -> str:
+@lru_cache(maxsize=64)
+def _dressed(needle: bytes) -> re.Pattern[str]:
+    """A pattern of a text that `_packed` makes a needle of."""
+    return re.compile(_BETWEEN.join(map(_letter, needle.decode())), re.IGNORECASE)
+
+
+def _letter(letter: str) -> str:
     """A pattern of one letter or digit, escaped or not."""
-    return rf"(?>{letter}|{_escapes_of({ord(letter), ord(letter.upper())})})"
+    low, high = ord(letter), ord(letter.upper())
+    return rf"(?>{letter}|(?:{_CODE}(?:{low:02x}|{high:02x})|{_NUMBER}(?:{low}|{high}))[;}}]?)"
 
 
 def _texts(value: Any) -> Iterator[str]:
