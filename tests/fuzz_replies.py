@@ -1,6 +1,6 @@
 """Replies of servers, made wrong at random: whatever comes, it is one row that fails, or an answer that can be stored.
 
-    python tests/fuzz_replies.py --count 100000 --seed 1
+    PYTHONPATH=. python tests/fuzz_replies.py --count 100000 --seed 1
 
 A seed gives the same replies again. Everything goes the way of a study's replies but for the wire.
 """
@@ -13,16 +13,12 @@ import io
 import json
 import random
 import resource
-import sys
 import time
 from collections import Counter
 from functools import partial
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 from urllib.parse import quote
-
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
 import httpx2
 import pyarrow.parquet as pq
@@ -128,7 +124,7 @@ def response(draw: random.Random) -> httpx2.Response:
 
 
 def answer(reply: httpx2.Response) -> str:
-    """What becomes of a reply: "answer", "failed", or "refused" (all of the server's); AssertionError if it is wrong."""
+    """What becomes of a reply: "answer", "failed", or "refused", for all rows; AssertionError if it is wrong."""
     spec = EndpointSpec(model="the-model", url="http://host/v1", retries=0)
     wire = partial(httpx2.AsyncClient, transport=httpx2.MockTransport(lambda _: reply))
     with patch("httpx2.AsyncClient", wire):
