@@ -20,6 +20,8 @@ from deltaray.errors import StageError, UserError
 from deltaray.generate import completions
 from deltaray.generate.completions import output_of, retry_after
 from deltaray.generate.endpoint import EndpointSpec, check_endpoint
+from deltaray.prompts.rows import prompt_row
+from deltaray.prompts.turns import RowError
 from deltaray.recipe.models import Endpoint
 from deltaray.recipe.search import Search
 from deltaray.runtime import server as door
@@ -264,3 +266,26 @@ def test_what_is_parsed_is_json_alone() -> None:
 def test_replies_made_wrong_at_random_are_answers_or_failed_rows() -> None:
     found = fuzz(200, seed=5)
     assert found["failed"] > 40 and found["answer"] > 15 and found["slowest_seconds"] < 5
+
+
+# --- rows from outside ------------------------------------------------------------------------------------------
+DEEP: dict[str, Any] = {"x": 1}
+for _ in range(3000):
+    DEEP = {"x": DEEP}
+
+
+@pytest.mark.parametrize(
+    "calls",
+    ["f()", 7, True, {"name": "f"}, ["f"], [None], [[]], [{"function": "f"}], [{"name": 7}], [{"arguments": DEEP}]],
+    ids=range(10),
+)
+def test_calls_of_any_form_in_a_row_are_refused_with_the_reason(calls: Any) -> None:
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "tool_calls": calls}]
+    with pytest.raises(RowError, match=r"must be a list of calls|nested deeper than 100 levels"):
+        prompt_row({"messages": [*turns, {"role": "user", "content": "c"}]})
+
+
+@pytest.mark.parametrize("calls", [None, [], [{"name": "f"}], [{"function": {"name": "f", "arguments": "{}"}}]])
+def test_calls_as_they_should_be_are_taken(calls: Any) -> None:
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "tool_calls": calls}]
+    assert prompt_row({"messages": [*turns, {"role": "user", "content": "c"}]})["error"] is None

@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from deltaray.clean import Cleaner
+from deltaray.clean.depth import MOST_DEPTH, is_too_deep
 from deltaray.clean.screen import one_line
 
 MOST_BYTES = 8 << 20
 """Of one reply, unpacked."""
-MOST_DEPTH = 100
-"""Levels of lists and objects in a reply."""
 WORDS = 500
 """Characters kept of what a server says besides its answer: some answer with a whole page."""
 CONNECT_SECONDS = 30.0
@@ -137,17 +136,9 @@ def parsed(raw: bytes) -> Any:
         value = json.loads(raw.decode("utf-8-sig"), parse_constant=_refuse)
     except RecursionError:
         raise ValueError(f"it is nested deeper than {MOST_DEPTH} levels") from None
-    level: list[Any] = [value]
-    for _ in range(MOST_DEPTH + 1):
-        level = [
-            item
-            for inner in level
-            if isinstance(inner, dict | list)
-            for item in (inner.values() if isinstance(inner, dict) else inner)
-        ]
-        if not level:
-            return value
-    raise ValueError(f"it is nested deeper than {MOST_DEPTH} levels")
+    if is_too_deep(value):
+        raise ValueError(f"it is nested deeper than {MOST_DEPTH} levels")
+    return value
 
 
 def _refuse(name: str) -> Any:
