@@ -15,11 +15,11 @@ KEYS = re.compile(rf"(?:^|[_-]){_NAMES}$", re.IGNORECASE)
 """Names of keys and variables that hold a secret."""
 _QUERY_NAMES = r"(?:key|sig|signature|token|x-amz-(?:signature|credential|security-token))"
 SHAPES = re.compile(
-    r"(?<![A-Za-z0-9])(?:hf_[A-Za-z0-9]{16,}|sk-(?:(?=[A-Za-z_-]*[0-9])[A-Za-z0-9_-]{16,}|[A-Za-z0-9]{20,})"
+    r"(?<![A-Za-z0-9])(?:hf_[A-Za-z0-9]{16,}|sk-(?:(?=[A-Za-z_-]{0,99}[0-9])[A-Za-z0-9_-]{16,}|[A-Za-z0-9]{20,})"
     r"|(?:AKIA|ASIA)[A-Z0-9]{16}|gh[opsur]_[A-Za-z0-9]{20,}"
-    r"|github_pat_\w{20,}|xox[abp]-[\w-]{10,}|AIza[\w-]{35}|glpat-[\w-]{20}|eyJ[\w-]{10,}\.eyJ[\w-]{10,}\."
+    r"|github_pat_\w{20,}|xox[abp]-[\w-]{10,}|AIza[\w-]{35}|glpat-[\w-]{20}|eyJ[\w-]{10,999}\.eyJ[\w-]{10,9999}\."
     r"|nvapi-[\w-]{20,}|gsk_\w{20,}|tgp_v1_[\w-]{20,}|wandb_v1_\w{20,}|r8_\w{20,}|npm_\w{20,}|dckr_pat_[\w-]{20,}"
-    r"|-----BEGIN [A-Z ]*PRIVATE KEY-----|Bearer +(?=\S*\d)\S{8,})"
+    r"|-----BEGIN [A-Z ]{0,40}PRIVATE KEY-----|Bearer {1,9}(?=\S{0,99}\d)\S{8,})"
 )
 """What keys of well-known services look like."""
 LOGIN = re.compile(
@@ -28,7 +28,7 @@ LOGIN = re.compile(
     re.IGNORECASE,
 )
 """The credentials in an address, behind its scheme; a password may hold any sign, also where it should not."""
-QUERY = re.compile(rf"([?&;#](?:[\w-]*[_-])?(?:{_NAMES}|{_QUERY_NAMES})=)[^&;#\s\"'<>]+", re.IGNORECASE)
+QUERY = re.compile(rf"([?&;#](?:[\w-]{0,60}[_-])?(?:{_NAMES}|{_QUERY_NAMES})=)[^&;#\s\"'<>]+", re.IGNORECASE)
 """A key in an address, behind its name."""
 _ASSIGNED = re.compile(
     rf"({_NAMES}[\"']?(?:\s*=\s*|\s*:\s*(?=[\"'])|:[ \t]*(?=\S+$)))(?!…)(?:\"[^\"\n]*\"|'[^'\n]*'|[^\s,;}}\]\"'`]+)",
