@@ -28,7 +28,7 @@ LOGIN = re.compile(
     re.IGNORECASE,
 )
 """The credentials in an address, behind its scheme; a password may hold any sign, also where it should not."""
-QUERY = re.compile(rf"([?&;#](?:[\w-]{0,60}[_-])?(?:{_NAMES}|{_QUERY_NAMES})=)[^&;#\s\"'<>]+", re.IGNORECASE)
+QUERY = re.compile(rf"([?&;#](?:[\w-]{0, 60}[_-])?(?:{_NAMES}|{_QUERY_NAMES})=)[^&;#\s\"'<>]+", re.IGNORECASE)
 """A key in an address, behind its name."""
 _ASSIGNED = re.compile(
     rf"({_NAMES}[\"']?(?:\s*=\s*|\s*:\s*(?=[\"'])|:[ \t]*(?=\S+$)))(?!…)(?:\"[^\"\n]*\"|'[^'\n]*'|[^\s,;}}\]\"'`]+)",
