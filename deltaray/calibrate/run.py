@@ -2,6 +2,7 @@
 
 import os
 import platform
+import sys
 import time
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -11,6 +12,7 @@ from typing import Any
 from deltaray.calibrate.measure import Measured, measure, sample_prompts
 from deltaray.calibrate.predict import Prediction, predict
 from deltaray.calibrate.records import Calibration, is_current, read_calibration, write_calibration
+from deltaray.clean import without_secrets
 from deltaray.errors import StageError, UserError
 from deltaray.plan import Item
 from deltaray.prompts import PromptRow
@@ -79,7 +81,7 @@ def _measured(study: Study, store: Store, sample: list[PromptRow], prompts: int,
     except Exception as error:
         import traceback
 
-        traceback.print_exc()  # descriptor 2 is the log here
+        print(without_secrets(traceback.format_exc()), file=sys.stderr)  # descriptor 2 is the log here
         raise failure_of("calibrate", error, terminal.log) from error
     finally:
         _remove(store)

@@ -1,7 +1,7 @@
 """A server that speaks OpenAI's chat completions as a teacher: the same small door as vLLM's engine.
 
-`openai` does the talking, the repeating is ours: its client counts no repeat against a rate limit, gives up after
-seconds of an outage, and neither repeats a garbled answer nor lets one pause that the server asks for hold back all.
+The talking is `runtime/server.py`'s. OpenAI's own client reads replies of any size, follows redirects, sends what other
+variables of the environment hold, and its repeats count against no rate limit and give up after seconds of an outage.
 """
 
 import asyncio
@@ -11,6 +11,8 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from deltaray.clean import keep_secret
+from deltaray.clean.forms import SHORTEST
 from deltaray.errors import StageError, UserError
 from deltaray.generate.completions import (
     LONGEST_PAUSE,
@@ -20,18 +22,15 @@ from deltaray.generate.completions import (
     pause_before,
     request_body,
     trouble_in,
-    trouble_of,
 )
-from deltaray.generate.requests import Output, failed, readable
+from deltaray.generate.requests import Output, failed
 from deltaray.recipe import models
 from deltaray.runtime.failures import reason_of
 from deltaray.runtime.guard import FROZEN
+from deltaray.runtime.server import NO_KEY, NoReplyError, Server, below, is_address
 
 log = logging.getLogger(__name__)
 
-CONNECT_SECONDS = 30.0
-WORDS = 500  # characters kept of what a server says: some answer with a whole page
-NO_KEY = "EMPTY"  # sent where no key is wanted; without one openai's client would send OPENAI_API_KEY to anybody
 OURS = ("model", "messages", "n", "stream")  # fields that `body` cannot set
 
 
@@ -84,18 +83,27 @@ class EndpointSpec:
         """The client, in this process; StageError if the key's variable is not set here."""
         key = None
         if self.key_variable is not None:
+            keep_secret([self.key_variable])
             key = os.environ.get(self.key_variable, "").strip()
-            if not key:
+            if wrong := _no_key(self.key_variable, key):
                 raise StageError(
-                    f"{self.url}: the environment variable {self.key_variable} is not set on the node where the "
-                    "replica runs; set it on every node before `ray start`"
+                    f"{self.url}: {wrong} on the node where the replica runs; set it on every node before `ray start`"
                 )
         return Endpoint(self, key)
 
 
+def _no_key(variable: str, key: str) -> str | None:
+    """Why what a variable holds is no key; what it holds is not quoted."""
+    if not key:
+        return f"the environment variable {variable} is not set"
+    if not key.isascii() or not key.isprintable() or " " in key:
+        return f"what {variable} holds is no key: it has spaces, line breaks or letters beyond ASCII"
+    return None
+
+
 def check_endpoint(endpoint: models.Endpoint, key: str) -> None:
     """Raises UserError unless the section `key` of a recipe can work from here; asks no server."""
-    if not endpoint.url.startswith(("http://", "https://")):
+    if not is_address(endpoint.url):
         raise UserError(f"{key}.url: {endpoint.url!r} is no address such as https://host/v1")
     if ours := [name for name in OURS if name in endpoint.body]:
         raise UserError(f"{key}.body: {ours[0]} is set by deltaray; remove it")
@@ -103,13 +111,16 @@ def check_endpoint(endpoint: models.Endpoint, key: str) -> None:
     if variable is None:
         return
     secret = os.environ.get(variable, "").strip()
-    if not secret:
+    if wrong := _no_key(variable, secret):
         raise UserError(
-            f"{key}.key_variable: the environment variable {variable} is not set; "
-            f"`export {variable}=…` before the command, and on the nodes of a running cluster before `ray start`"
+            f"{key}.key_variable: {wrong}; `export {variable}=…` before the command, and on the nodes of a running "
+            "cluster before `ray start`"
         )
-    if not secret.isascii() or any(letter.isspace() for letter in secret):
-        raise UserError(f"{key}.key_variable: what {variable} holds is no key: it has spaces or letters beyond ASCII")
+    if len(secret) < SHORTEST:
+        log.warning(
+            "%s.key_variable: what %s holds is too short to be told from words (%d characters of %d): it is taken out "
+            "of the server's errors, but not out of its answers", key, variable, len(secret), SHORTEST,
+        )  # fmt: skip
 
 
 class Endpoint:
@@ -120,18 +131,8 @@ class Endpoint:
     """
 
     def __init__(self, spec: EndpointSpec, key: str | None) -> None:
-        import httpx2
-        import openai
-
-        limits = httpx2.Limits(max_connections=None, max_keepalive_connections=spec.in_flight)
-        self._client = openai.AsyncOpenAI(
-            api_key=key or NO_KEY,
-            base_url=spec.url,
-            timeout=openai.Timeout(spec.timeout, connect=min(spec.timeout, CONNECT_SECONDS)),
-            max_retries=0,
-            http_client=openai.DefaultAsyncHttpxClient(limits=limits),
-        )
-        self._spec, self._key = spec, key
+        self._server = Server(below(spec.url, "chat/completions"), spec.timeout, key or NO_KEY, spec.in_flight)
+        self._spec = spec
         self._slots = asyncio.Semaphore(spec.in_flight)
         self._pace = Pace(spec.requests_per_minute)
         self._answered = False  # whether the server ever answered a request
@@ -157,7 +158,7 @@ class Endpoint:
     def close(self) -> None:
         """Drops the connections; may be called from any thread."""
         if self._loop is not None and self._loop.is_running():
-            asyncio.run_coroutine_threadsafe(self._client.close(), self._loop)
+            asyncio.run_coroutine_threadsafe(self._server.close(), self._loop)
 
     async def _answer(self, unit: Mapping[str, Any], place: int, sample: int) -> Output:
         """One answer. The slot is kept through the pauses, so that a troubled server is asked less."""
@@ -168,6 +169,7 @@ class Endpoint:
         async with self._slots:
             attempt = 0
             while isinstance(result := await self._attempt(unit, body), Trouble):
+                result = dataclasses.replace(result, words=self._server.shown(result.words))
                 if not result.again or attempt == self._spec.retries:
                     return self._give_up(result)
                 level = logging.WARNING if result.wait > LONGEST_PAUSE else logging.INFO
@@ -178,28 +180,22 @@ class Endpoint:
         return result
 
     async def _attempt(self, unit: Mapping[str, Any], body: dict[str, Any]) -> Output | Trouble:
-        import openai
-
         await self._pace.turn()
         if self._stopped is not None:
             raise StageError(self._stopped)
         try:
-            async with asyncio.timeout(self._spec.timeout):  # the client's own is per read, not for all of it
-                reply = await self._client.post("/chat/completions", cast_to=object, body=body)
+            reply = await self._server.ask(body)
             if trouble := trouble_in(reply, self._answered):
-                return self._without_key(trouble)
-            output = output_of(reply, bool(unit["reasoning"]), most_tokens(body))
-        except (openai.OpenAIError, TimeoutError, ValueError) as error:
-            return self._without_key(trouble_of(error, self._answered))
+                return trouble
+            output = output_of(reply.body, bool(unit["reasoning"]), most_tokens(body))
+        except NoReplyError as error:
+            return Trouble(str(error), again=error.again, everybody=error.unreachable)
+        except ValueError as error:
+            return Trouble(f"unusable answer: {error}", again=True)
         except BaseException as error:  # whatever a reply may hold
             return failed(reason_of(error))
         self._answered = True
         return output
-
-    def _without_key(self, trouble: Trouble) -> Trouble:
-        """Servers quote keys that they do not know."""
-        words = trouble.words.replace(self._key, "[key]") if self._key else trouble.words
-        return dataclasses.replace(trouble, words=readable(words)[:WORDS])
 
     def _give_up(self, trouble: Trouble) -> Output:
         """The failed answer of one row, or the end of everything."""

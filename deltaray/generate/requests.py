@@ -6,6 +6,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from deltaray.clean.screen import one_line
+
 Output = dict[str, Any]
 """One answer: token_ids (the end token included), tokens, text (without special tokens and without the reasoning),
 reasoning (or None), finish_reason (stop | length | error), error (what went wrong, or None); prompt_logprobs where
@@ -66,8 +68,8 @@ def prompt_logprobs(result: Any) -> dict[str, Any]:
 
 
 def failed(message: str) -> Output:
-    """The answer of a prompt that could not be answered."""
-    return _output([], "", "error", message[:LONGEST_ERROR])
+    """The answer of a prompt that could not be answered; the reason is kept as one printable line."""
+    return _output([], "", "error", one_line(message[: 4 * LONGEST_ERROR])[:LONGEST_ERROR])
 
 
 def sound(output: Output) -> Output:

@@ -9,6 +9,8 @@ import json
 import re
 from typing import Any
 
+from deltaray.clean.depth import MOST_DEPTH, is_too_deep
+
 Turn = dict[str, Any]
 Tools = list[dict[str, Any]]
 
@@ -52,6 +54,7 @@ def turns_of(value: Any, column: str) -> list[Turn]:
     """
     if not isinstance(value, list) or not value:
         raise RowError(f"`{column}` must be a list of {{role, content}}")
+    _refuse_deep(value, column)
     return [_checked(turn) for turn in value]
 
 
@@ -69,7 +72,26 @@ def _checked(turn: Any) -> Turn:
         raise _no_turn(turn)
     if _is_none(found.get("content")):
         found["content"] = None
+    _check_calls(found)
     return found
+
+
+def _check_calls(turn: Turn) -> None:
+    """RowError unless what a turn calls has the shape that templates, judges and tables read."""
+    calls, call = turn.get("tool_calls") or [], turn.get("function_call")
+    listed = calls if isinstance(calls, list) else [None]
+    functions = [it.get("function", it) if isinstance(it, dict) else None for it in listed]
+    for function in [*functions, *([call] if call else [])]:
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str | None):
+            raise RowError(
+                "`tool_calls` must be a list of calls, each {function: {name, arguments}}, not "
+                f"{short(repr(calls or call))}"
+            )
+
+
+def _refuse_deep(value: Any, column: str) -> None:
+    if is_too_deep(value):
+        raise RowError(f"`{column}` is nested deeper than {MOST_DEPTH} levels")
 
 
 def _no_turn(turn: Any) -> RowError:
@@ -172,10 +194,11 @@ def checked_tools(value: Any) -> Tools | None:
     if isinstance(value, str):
         try:
             value = json.loads(value)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise RowError(f"`tools` is text, but no JSON: {error}") from None
     if not value:
         return None
+    _refuse_deep(value, "tools")
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
         raise RowError(f"`tools` must be a list of function schemas, not {short(repr(value))}")
     return value

@@ -1,7 +1,7 @@
 """From a YAML file and `--set` overrides to a checked `Recipe`; every refusal names file, line, key and the mend."""
 
 import io
-import os
+import re
 from difflib import get_close_matches
 from pathlib import Path
 from types import UnionType
@@ -12,12 +12,15 @@ from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.error import MarkedYAMLError
 
+from deltaray.clean import keep_secret, known_secrets, without_secrets
 from deltaray.errors import UserError
 from deltaray.recipe.check import check_recipe
 from deltaray.recipe.recipe import Recipe
-from deltaray.recipe.secrets import secrets_in, secrets_of, without_secrets
+from deltaray.recipe.secrets import OUTSIDE, line_with_secret, named_variables, secrets_in, variables_in
 
 Path_ = tuple[str | int, ...]
+KEY_PATH = re.compile(r"[A-Za-z_][\w.-]{0,200}")
+"""What a message of an override shows of it."""
 
 
 def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
@@ -26,11 +29,23 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
     Raises:
         UserError: one line per problem, `file:line: key.path: what is wrong, what to write instead`.
     """
-    known = secrets_of(os.environ)
-    tree = _read(path, known)
-    overridden = [_override(tree, item, known) for item in overrides or []]
+    overrides = overrides or []
+    variables = _variables_named(path, overrides)
+    try:
+        return _load(path, overrides, variables)
+    except UserError as error:  # whatever it quotes
+        raise UserError(without_secrets(str(error), known_secrets(variables))) from None
+
+
+def _load(path: Path, overrides: list[str], variables: set[str]) -> Recipe:
+    tree = _read(path)
+    overridden = [_override(tree, item) for item in overrides]
     plain = _plain(tree)
+    variables |= variables_in(plain)
+    known = known_secrets(variables)
     found = list(secrets_in(plain, known))  # first: other messages quote what they refuse
+    if not found and (line := line_with_secret(path.read_text(encoding="utf-8"), known)):
+        raise UserError(f"{path}:{line}: {OUTSIDE}")
     try:
         recipe = Recipe.model_validate(plain)
     except ValidationError as error:
@@ -38,6 +53,7 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
     else:
         found = found or list(check_recipe(recipe))
         if not found:
+            keep_secret(variables)
             return recipe
     first_of_each = dict(reversed(found))  # a union reports once per member
     lines = [_message(path, tree, at, text, overridden) for at, text in first_of_each.items()]
@@ -54,14 +70,23 @@ def dump_recipe(recipe: Recipe) -> str:
     return buffer.getvalue()
 
 
-def _read(path: Path, known: frozenset[str]) -> CommentedMap:
+def _variables_named(path: Path, overrides: list[str]) -> set[str]:
+    """The variables that a recipe names as keys, whatever else is wrong with it."""
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except (OSError, ValueError):  # which `_read` tells
+        text = ""
+    return named_variables("\n".join([text, *overrides]))
+
+
+def _read(path: Path) -> CommentedMap:
     if not path.is_file():
         raise UserError(f"{path}: there is no such recipe; give the path of a YAML file")
     try:
         tree = YAML(typ="rt").load(path.read_text(encoding="utf-8"))
     except MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
-        problem = without_secrets(str(error.problem), known)  # of a key that is there twice it quotes both values
+        problem = str(error.problem).partition(" with value ")[0]  # of a key that is there twice it quotes both values
         raise UserError(f"{path}:{line}: not YAML: {problem}; mend the indentation or quoting there") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
@@ -70,10 +95,10 @@ def _read(path: Path, known: frozenset[str]) -> CommentedMap:
     return tree
 
 
-def _override(tree: CommentedMap, item: str, known: frozenset[str]) -> Path_:
-    """Applies one `key.path=value`; the value is YAML, so numbers, lists and null work. `known`: see `secrets_in`."""
+def _override(tree: CommentedMap, item: str) -> Path_:
+    """Applies one `key.path=value`; the value is YAML, so numbers, lists and null work. Messages quote no value."""
     key, equals, text = item.partition("=")
-    shown = f"--set {without_secrets(item, known)}"
+    shown = f"--set {key}" if KEY_PATH.fullmatch(key.strip()) else "--set"
     if not equals or not key.strip():
         raise UserError(f"{shown}: write key.path=value, for example --set training.workers=2")
     try:
@@ -83,7 +108,7 @@ def _override(tree: CommentedMap, item: str, known: frozenset[str]) -> Path_:
     path = tuple(int(part) if part.isdigit() else part for part in key.strip().split("."))
     node: Any = tree
     for depth, part in enumerate(path[:-1]):
-        node = _descend(node, part, shown, without_secrets(".".join(map(str, path[: depth + 1])), known))
+        node = _descend(node, part, shown, ".".join(map(str, path[: depth + 1])))
     _assign(node, path[-1], value, shown)
     return path
 

@@ -1,31 +1,20 @@
 """Secrets have no place in a recipe: it is stored beside the results, shown in the report and sent with jobs."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
-from urllib.parse import parse_qsl, urlsplit
 
+from deltaray.clean.secrets import KEYS, LOGIN, QUERY, SHAPES, without_known
 from deltaray.recipe.check_pairing import Problem
 
-KEYS = re.compile(
-    r"(^|[_-])(api[_-]?key|passw(or)?d|secret|credentials?|authorization|(private|secret|access|account)[_-]?key"
-    r"|(hf|auth|access|api|bearer|refresh|session)[_-]?token)$",
-    re.IGNORECASE,
-)
-QUERY_KEYS = re.compile(r"^(key|sig|signature|token|x-amz-(signature|credential|security-token))$", re.IGNORECASE)
-SHAPES = re.compile(
-    r"hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|(AKIA|ASIA)[A-Z0-9]{16}|gh[opsur]_[A-Za-z0-9]{20,}"
-    r"|github_pat_\w{20,}|xox[abp]-[\w-]{10,}|AIza[\w-]{35}|glpat-[\w-]{20}|eyJ[\w-]{10,}\.eyJ[\w-]{10,}\."
-    r"|nvapi-[\w-]{20,}|gsk_\w{20,}|tgp_v1_[\w-]{20,}|wandb_v1_\w{20,}|r8_\w{20,}|npm_\w{20,}|dckr_pat_[\w-]{20,}"
-    r"|-----BEGIN [A-Z ]*PRIVATE KEY-----|Bearer +\S{8,}"
-)
-"""What keys of well-known services look like."""
-SHORTEST = 12
-"""A shorter value of a variable may stand in a recipe by chance."""
 PLACES = (
     "take it out (and change it, if the file was shared); HF_TOKEN, AWS_ACCESS_KEY_ID and the like belong into the "
     "environment, an endpoint's key into the variable that `key_variable` names"
 )
+
+OUTSIDE = f"holds what looks like a key, in a comment or otherwise outside of all values: {PLACES}"
+FREE = ("arguments", "body", "chat_template_arguments")
+"""Sections that are passed on as they are."""
 
 
 def secrets_in(node: Any, known: frozenset[str], at: tuple[str | int, ...] = ()) -> Iterator[Problem]:
@@ -36,32 +25,48 @@ def secrets_in(node: Any, known: frozenset[str], at: tuple[str | int, ...] = ())
     """
     if isinstance(node, dict):
         for name, value in node.items():
-            if _looks_secret(name, known):
+            if _secret("", str(name), known):
                 yield at, f"one of its keys holds a secret, and a recipe is stored and shown: {PLACES}"
             else:
                 yield from secrets_in(value, known, (*at, name))
     elif isinstance(node, list | tuple):
         for number, value in enumerate(node):
             yield from secrets_in(value, known, (*at, number))
-    elif isinstance(node, str) and (what := _secret(str(at[-1]) if at else "", node, known)):
-        yield at, f"holds {what}, and a recipe is stored and shown: {PLACES}"
+    elif node is not None and not isinstance(node, bool):
+        text = node.decode(errors="replace") if isinstance(node, bytes) else str(node)
+        if what := _secret(_name(at), text, known):
+            yield at, f"holds {what}, and a recipe is stored and shown: {PLACES}"
 
 
-def secrets_of(environment: Mapping[str, str]) -> frozenset[str]:
-    """The values of those variables whose names say that they are secrets."""
-    named = {name: value for name, value in environment.items() if KEYS.search(name) or name.endswith("_TOKEN")}
-    return frozenset(value for value in named.values() if len(value) >= SHORTEST)
+def _name(at: tuple[str | int, ...]) -> str:
+    """The key that tells what a value is: its own or, in sections that take anything, a secret one above it."""
+    names = [part for part in at if isinstance(part, str)]
+    free = next((place for place, name in enumerate(names) if name in FREE), len(names))
+    return next((name for name in names[free + 1 :] if KEYS.search(name)), names[-1] if names else "")
 
 
-def without_secrets(text: str, known: frozenset[str]) -> str:
-    """Somebody's words, fit for a message."""
-    for secret in known:
-        text = text.replace(secret, "…")
-    return SHAPES.sub("…", text)
+def named_variables(text: str) -> set[str]:
+    """The environment variables that a text names as keys, whether or not it is YAML: what they hold is a secret."""
+    return set(re.findall(r"key_variable[\"']?\s*[:=]\s*[\"']?([A-Za-z_]\w*)", text))
+
+
+def variables_in(node: Any) -> set[str]:
+    """Those that a recipe's tree names. Pure."""
+    if isinstance(node, dict):
+        own = {value for name, value in node.items() if name == "key_variable" and isinstance(value, str)}
+        return own.union(*map(variables_in, node.values()))
+    return set().union(*map(variables_in, node)) if isinstance(node, list) else set()
+
+
+def line_with_secret(text: str, known: frozenset[str]) -> int | None:
+    """The first line of a recipe's file, comments included, that holds a secret. Pure."""
+    if not _looks_secret(text, known):
+        return None
+    return next((number for number, line in enumerate(text.splitlines(), start=1) if _looks_secret(line, known)), 1)
 
 
 def _looks_secret(text: str, known: frozenset[str]) -> bool:
-    return bool(SHAPES.search(text)) or any(secret in text for secret in known)
+    return bool(SHAPES.search(text)) or without_known(text, known) != text
 
 
 def _secret(name: str, value: str, known: frozenset[str]) -> str | None:
@@ -71,8 +76,6 @@ def _secret(name: str, value: str, known: frozenset[str]) -> str | None:
         return "what looks like a key"
     if "://" not in value:
         return None
-    parts = urlsplit(value)
-    if "@" in parts.netloc:
+    if LOGIN.search(value):
         return "credentials in an address"
-    named = [key for key, _ in parse_qsl(parts.query) if KEYS.search(key) or QUERY_KEYS.match(key)]
-    return "a key in an address" if named else None
+    return "a key in an address" if QUERY.search(value) else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import html
 import json
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import jinja2
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from deltaray.clean import known_secrets
 from deltaray.storage.files import Files
 from deltaray.store import Store
 
@@ -40,10 +42,18 @@ def write_report(store: Store) -> str:
     """
     state = state_of(store)
     with local_copy(store) as out:
-        page = render(read_study(out, MAX_PAIRS))
+        page = without_keys(render(read_study(out, MAX_PAIRS)))
     store.write_bytes("report.html", page.encode("utf-8", errors="replace"))
     store.write_json(REPORTED, {"state": state})
     return store.address("report.html")
+
+
+def without_keys(page: str) -> str:
+    """The page without secrets of the environment: what an older version has stored may hold one."""
+    for secret in known_secrets():
+        for form in (secret, json.dumps(secret)[1:-1], html.escape(secret)):
+            page = page.replace(form, "[key]")
+    return page
 
 
 def is_reported(store: Store) -> bool:

@@ -9,6 +9,7 @@ from asyncio import CancelledError
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from deltaray.clean.screen import one_line
 from deltaray.errors import StageError, UserError
 
 OURS = {f"{kind.__module__}.{kind.__qualname__}": kind for kind in (StageError, UserError)}
@@ -116,7 +117,7 @@ def reason_of(error: BaseException) -> str:
     """
     if isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit | CancelledError | UserError | StageError):
         raise error
-    return " ".join(cause_of(error).split())[:ROW_WIDTH]
+    return one_line(cause_of(error))[:ROW_WIDTH]
 
 
 # --- exceptions and texts of them ---------------------------------------------------------------------------------

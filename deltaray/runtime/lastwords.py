@@ -8,6 +8,7 @@ import traceback
 from contextlib import suppress
 from pathlib import Path
 
+from deltaray.clean import without_secrets
 from deltaray.runtime.failures import WRAPPER, cause_of, is_told, raised_in, telling
 
 NAMESPACE = b"deltaray"
@@ -31,7 +32,7 @@ def leave(what: str, error: BaseException | None = None) -> None:
     told = "" if error is None else "".join(traceback.format_exception(error))
     cause = what if error is None else f"{what}: {root_cause(error, printed)}"
     with suppress(Exception):
-        _put(_key, f"{cause}\0{told}\n{printed}")
+        _put(_key, without_secrets(f"{cause}\0{told}\n{printed}"))
 
 
 def root_cause(error: BaseException, printed: str) -> str:

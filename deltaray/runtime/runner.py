@@ -1,5 +1,6 @@
 """What every stage runs in: Ray started when first needed, progress, timing, records, and one way to fail."""
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -8,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from deltaray.clean import without_secrets
 from deltaray.errors import StageError, UserError
 from deltaray.recipe.study import Study
 from deltaray.runtime.demands import refuse_impossible
@@ -58,7 +60,7 @@ class Runner:
                 import traceback
 
                 with suppress(OSError):  # the disk may be full
-                    traceback.print_exc()  # descriptor 2 is the log here
+                    print(without_secrets(traceback.format_exc()), file=sys.stderr)  # descriptor 2 is the log here
             failure = failure_of(stage, error, log)
             if failure is not error:
                 raise failure from error

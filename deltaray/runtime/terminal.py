@@ -16,9 +16,13 @@ from io import FileIO, TextIOWrapper
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.segment import Segment
+from rich.text import Text
 
+from deltaray.clean.screen import json_escaped, printable
+from deltaray.clean.secrets import without_known, without_secrets
 from deltaray.errors import StageError
 
 PLAIN_INTERVAL = 5.0
@@ -38,14 +42,22 @@ class Terminal:
         self.log: Path | None = None
 
     def say(self, text: str) -> None:
-        self.err.print(text, markup=False)
+        """A message; whatever it quotes, no secret is shown."""
+        self.err.print(without_secrets(text))
 
     def result(self, text: str) -> None:
-        self.out.print(text, markup=False)
+        self.out.print(text)
 
     def result_json(self, value: Any) -> None:
-        self.out.file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+        text = json_escaped(json.dumps(value, indent=2, ensure_ascii=False))
+        self.out.file.write(without_known(text) + "\n")
         self.out.file.flush()
+
+    def pass_on(self, text: str) -> None:
+        """Whole lines of somebody else's log."""
+        lines = without_secrets(text.replace("\r\n", "\n").replace("\r", "\n"))
+        self.err.file.write(printable(lines))
+        self.err.file.flush()
 
     @contextmanager
     def chatter_to(self, log: Path) -> Iterator[None]:
@@ -103,11 +115,23 @@ class _Notes(logging.Handler):
         self.terminal.say(f"note: {record.getMessage()}")
 
 
+class _Screen(Console):
+    """Shows every text as it is: no markup, no emoji, no control characters, no secret of the environment."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(printable(without_known(text)), **options)
+
+    def render(self, renderable: Any, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=printable(segment.text))
+
+
 def _console(descriptor: int) -> Console:
     """On a private copy of the descriptor; what goes into a pipe or a file is not cut to a terminal's width."""
     width = None if os.isatty(descriptor) else PLAIN_WIDTH
-    file = TextIOWrapper(_Output(os.dup(descriptor), messages=descriptor == 2), encoding="utf-8", write_through=True)
-    return Console(file=file, highlight=False, soft_wrap=True, width=width)
+    raw = _Output(os.dup(descriptor), messages=descriptor == 2)
+    file = TextIOWrapper(raw, encoding="utf-8", errors="backslashreplace", write_through=True)
+    return _Screen(file=file, highlight=False, markup=False, emoji=False, soft_wrap=True, width=width)
 
 
 class _Output(FileIO):
@@ -130,10 +154,9 @@ class _Output(FileIO):
 
 
 def _bars(console: Console) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
+    told, note = (TextColumn(text, markup=False) for text in ("{task.description}", "{task.fields[note]}"))
     return Progress(
-        *columns,
-        TimeElapsedColumn(),
+        *(told, BarColumn(), MofNCompleteColumn(), note, TimeElapsedColumn()),
         console=console,
         refresh_per_second=4,
         redirect_stdout=False,  # sys.stdout and sys.stderr stay what they are: chatter belongs into the log

@@ -3,12 +3,14 @@
 The prompt of a turn is the ids of all before it, so no text is tokenized twice and nothing a model wrote is altered.
 """
 
+import asyncio
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
+from deltaray.generate.completions import LONGEST_TOKEN
 from deltaray.generate.requests import Output, failed
 from deltaray.generate.stream import Answering, SpecAround
 from deltaray.generate.units import tokenizer_of
@@ -18,11 +20,15 @@ from deltaray.runtime.failures import reason_of
 from deltaray.search.trail import Trail, stops
 
 
+class AnswerError(Exception):
+    """What came back for some queries is nothing that can be read."""
+
+
 class Retriever(Protocol):
     """What finds passages; pickled into the replicas."""
 
     async def find(self, queries: list[str], count: int) -> list[list[str]]:
-        """The best `count` passages of each query or fewer, best first."""
+        """The best `count` passages of each query or fewer, best first; AnswerError: there is no reading them."""
 
 
 @dataclass(frozen=True)
@@ -67,13 +73,24 @@ class Searching:
             return list(tokenizer.encode(text, add_special_tokens=False))
 
         def cut(passage: str) -> str:
-            ids = encode(passage)
             most = self.rules.passage_tokens
+            ids = encode(passage := passage[: most * LONGEST_TOKEN])
             return passage if len(ids) <= most else str(tokenizer.decode(ids[:most]))
 
-        found = await self.retriever.find([str(trail.query) for trail in trails], self.rules.passages)
-        for trail, passages in zip(trails, found, strict=True):
-            self._going_on(trail, partial(self._read, trail, passages, cut, encode))
+        for trail, passages in zip(trails, await self._found([str(it.query) for it in trails]), strict=True):
+            if isinstance(passages, AnswerError):
+                trail.fail(failed(f"the search failed: {passages}"))
+            else:
+                self._going_on(trail, partial(self._read, trail, passages, cut, encode))
+
+    async def _found(self, queries: list[str]) -> list[list[str] | AnswerError]:
+        """The passages of every query; where all together are answered with nonsense, each is asked alone."""
+        try:
+            return [*await self.retriever.find(queries, self.rules.passages)]
+        except AnswerError as error:
+            if len(queries) == 1:
+                return [error]
+        return [found for [found] in await asyncio.gather(*(self._found([query]) for query in queries))]
 
     @staticmethod
     def _read(trail: Trail, passages: list[str], cut: Callable[[str], str], encode: Callable[[str], list[int]]) -> None:

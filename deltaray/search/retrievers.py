@@ -1,23 +1,28 @@
 """Who finds passages for the replicas: one actor with a BM25 index, or somebody's server over any other index."""
 
 import asyncio
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from deltaray.errors import StageError
+from deltaray.generate.requests import readable
 from deltaray.generate.stream import Spec
 from deltaray.recipe.recipe import Recipe
 from deltaray.recipe.search import Corpus, Search
+from deltaray.runtime import server as client
 from deltaray.runtime.session import beside_driver
 from deltaray.search.corpus import corpus_digest, passages_of
-from deltaray.search.engine import Retriever, SearchSpec
+from deltaray.search.engine import AnswerError, Retriever, SearchSpec
 
 RETRIES = 5
 """Of a request to a server, with pauses that double from one second on."""
 SECONDS = 120.0
 """That one request may take."""
+OF_QUERIES = (400, 413, 414, 422)
+"""What a server says of queries that it does not like; other refusals are everybody's."""
 
 
 @dataclass(frozen=True)
@@ -38,27 +43,30 @@ class Server:
     pause: float = 1.0  # seconds before the first repetition
 
     async def find(self, queries: list[str], count: int) -> list[list[str]]:
-        """Raises StageError for a server that stays away or answers something else."""
-        import httpx2
-
-        body = {"queries": queries, "topk": count, "return_scores": True}
-        reason = ""
-        async with httpx2.AsyncClient(timeout=SECONDS) as client:
+        """Raises StageError for a server that stays away or refuses all, AnswerError for one that says nonsense."""
+        server, reason, nonsense = client.Server(self.url, SECONDS), "", False
+        try:
             for attempt in range(RETRIES + 1):
                 try:
-                    answer = (await client.post(self.url, json=body)).raise_for_status().json()
-                    return passages_in(answer, len(queries))
-                except (httpx2.HTTPError, ValueError) as error:
-                    reason = f"{type(error).__name__} {error}".strip()
+                    reply = await server.ask({"queries": queries, "topk": count, "return_scores": True}, any_type=True)
+                    if reply.status < 300:
+                        return [found[:count] for found in passages_in(reply.body, len(queries))]
+                    nonsense = reply.status in OF_QUERIES
+                    reason = f"HTTP {reply.status}: {json.dumps(reply.body) if reply.body else reply.text}"
+                except (client.NoReplyError, ValueError) as error:
+                    nonsense, reason = isinstance(error, ValueError) or error.unusable, str(error)
                 if attempt < RETRIES:
                     await asyncio.sleep(self.pause * 2**attempt)
-        raise StageError(f"evaluation.search.url: {self.url} found nothing in {RETRIES + 1} attempts: {reason}")
+        finally:
+            await server.close()
+        reason = f"{self.url} found nothing in {RETRIES + 1} attempts: {server.shown(reason)}"
+        raise AnswerError(reason) if nonsense else StageError(f"evaluation.search.url: {reason}")
 
 
 def passages_in(answer: Any, queries: int) -> list[list[str]]:
     """The passages of every query in a server's answer, with scores or without; ValueError for any other answer."""
     found = answer.get("result") if isinstance(answer, dict) else None
-    if not isinstance(found, list) or len(found) != queries:
+    if not isinstance(found, list) or len(found) != queries or not all(isinstance(item, list) for item in found):
         raise ValueError("no `result` with a list for every query")
     return [[_contents(item) for item in of_query] for of_query in found]
 
@@ -67,7 +75,7 @@ def _contents(item: Any) -> str:
     document = item.get("document", item) if isinstance(item, dict) else None
     if not isinstance(document, dict) or not isinstance(document.get("contents"), str):
         raise ValueError("a passage without `contents`")
-    return str(document["contents"]).strip()
+    return readable(document["contents"].strip())
 
 
 def searching(rules: Search) -> Callable[[Spec], Spec]:

@@ -19,6 +19,7 @@ class Follower:
     def __init__(self, client: Any, name: str, terminal: Terminal) -> None:
         self.client, self.name, self.terminal = client, name, terminal
         self.shown = 0  # characters of the log
+        self.line = ""  # the beginning of one that has not come yet
         self.status = ""
 
     def follow(self) -> None:
@@ -43,6 +44,8 @@ class Follower:
                     ) from None
             time.sleep(PAUSE)
         self._show(self.client.get_job_logs(self.name), 0)
+        if self.line:
+            self._show("\n", self.shown)
         self._conclude()
 
     async def _tail(self) -> None:
@@ -53,10 +56,10 @@ class Follower:
 
     def _show(self, text: str, place: int) -> None:
         """Shows what is new of a piece of the log that begins at `place`."""
-        new = text[max(0, self.shown - place) :]
+        self.line += text[max(0, self.shown - place) :]
         self.shown = max(self.shown, place + len(text))
-        self.terminal.err.file.write(new)
-        self.terminal.err.file.flush()
+        whole, end, self.line = self.line.rpartition("\n")  # of half a line nobody can tell what it holds
+        self.terminal.pass_on(whole + end)
 
     def _ask(self) -> None:
         self.info = self.client.get_job_info(self.name)

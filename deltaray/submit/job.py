@@ -13,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from deltaray.clean import keep_secret
 from deltaray.errors import UserError
 from deltaray.recipe import Recipe
 from deltaray.submit.parcel import pack
@@ -53,6 +54,7 @@ class Job:
         Raises:
             UserError: a name is none, or not set here.
         """
+        keep_secret(self.variables)
         for name in self.variables:
             if not NAME.fullmatch(name):
                 raise UserError(f"--env {name.partition('=')[0]}: names only; the value is taken from your environment")

@@ -1,13 +1,12 @@
 """What the trials have shown together: the table, the best student and the landscape, from the records alone."""
 
-import io
 from typing import Any
 
 import pyarrow as pa
-from pyarrow import csv
 
 from deltaray.recipe.check_exploration import objectives_of
 from deltaray.recipe.study import Study
+from deltaray.storage.cells import csv_bytes
 from deltaray.store import Store
 from deltaray.tune.landscape import Point, landscape
 from deltaray.tune.records import Record
@@ -54,9 +53,7 @@ def _csv(table: pa.Table) -> bytes:
         None if it is None else " ".join(f"{value:.6g}" for value in it) for it in table["objectives"].to_pylist()
     ]
     place = table.schema.get_field_index("objectives")
-    buffer = io.BytesIO()
-    csv.write_csv(table.set_column(place, "objectives", pa.array(values, pa.string())), buffer)
-    return buffer.getvalue()
+    return csv_bytes(table.set_column(place, "objectives", pa.array(values, pa.string())))
 
 
 def row_of(record: Record, objectives: list[str]) -> dict[str, Any]:

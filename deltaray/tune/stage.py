@@ -167,8 +167,10 @@ def _scheduler(recipe: Recipe) -> Any:
 
 
 def _loggers(recipe: Recipe) -> list[Any]:
-    """TensorBoard, CSV and JSON come with Ray Tune."""
-    found: list[Any] = []
+    """TensorBoard and JSON come with Ray Tune, CSV too but for our own cells."""
+    from deltaray.tune.progress import HarmlessCsv
+
+    found: list[Any] = [HarmlessCsv()]
     for name in explored(recipe).loggers:
         if name == "mlflow":
             from ray.air.integrations.mlflow import MLflowLoggerCallback
