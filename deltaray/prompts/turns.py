@@ -9,6 +9,8 @@ import json
 import re
 from typing import Any
 
+from deltaray.words import short
+
 Turn = dict[str, Any]
 Tools = list[dict[str, Any]]
 
@@ -22,8 +24,6 @@ TOOL_FIELDS = (*CALLS, "tool_call_id", "name", *THOUGHTS)
 TEXT_PARTS, THOUGHT_PARTS = ("text", "input_text", "output_text"), ("thinking", "reasoning")
 """Types of the parts of a turn's content that are read."""
 _WRITTEN = re.compile(r"""\s*\[\s*\{\s*["'](role|content)["']\s*:""")
-SHOWN_CHARACTERS = 80
-"""Of a text in a message."""
 
 
 class RowError(ValueError):
@@ -200,8 +200,3 @@ def full_turns(messages: list[Turn], conversation: str | None) -> tuple[list[Tur
         return messages, None
     whole = json.loads(conversation)
     return whole["messages"], whole["tools"]
-
-
-def short(text: str) -> str:
-    """The beginning of a text, for messages."""
-    return text if len(text) <= SHOWN_CHARACTERS else f"{text[: SHOWN_CHARACTERS - 1]}…"

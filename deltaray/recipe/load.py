@@ -1,6 +1,8 @@
 """From a YAML file and `--set` overrides to a checked `Recipe`; every refusal names file, line, key and the mend."""
 
+import codecs
 import io
+import json
 import os
 from difflib import get_close_matches
 from pathlib import Path
@@ -9,15 +11,15 @@ from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
-from ruamel.yaml.comments import CommentedMap, CommentedSeq
-from ruamel.yaml.error import MarkedYAMLError
 
-from deltaray.errors import UserError
+from deltaray.errors import UserError, door
+from deltaray.limits import RECIPE_BYTES, RECIPE_DEPTH
 from deltaray.recipe.check import check_recipe
 from deltaray.recipe.recipe import Recipe
+from deltaray.recipe.kinds import mixed_up
 from deltaray.recipe.secrets import secrets_in, secrets_of, without_secrets
-
-Path_ = tuple[str | int, ...]
+from deltaray.recipe.yaml import CORRECT, Document, Path_, YamlError, read_yaml
+from deltaray.words import short
 
 
 def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
@@ -27,20 +29,21 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
         UserError: one line per problem, `file:line: key.path: what is wrong, what to write instead`.
     """
     known = secrets_of(os.environ)
-    tree = _read(path, known)
-    overridden = [_override(tree, item, known) for item in overrides or []]
-    plain = _plain(tree)
+    document = _read(path, known)
+    plain = document.value
+    overridden = [_override(plain, item, known) for item in overrides or []]
     found = list(secrets_in(plain, known))  # first: other messages quote what they refuse
+    found = found or list(mixed_up(plain, Recipe))
     try:
         recipe = Recipe.model_validate(plain)
     except ValidationError as error:
-        found = found or [(_real_path(tree, issue["loc"]), _explain(issue)) for issue in error.errors()]
+        found = found or [(_real_path(plain, issue["loc"]), _explain(issue)) for issue in error.errors()]
     else:
         found = found or list(check_recipe(recipe))
         if not found:
             return recipe
     first_of_each = dict(reversed(found))  # a union reports once per member
-    lines = [_message(path, tree, at, text, overridden) for at, text in first_of_each.items()]
+    lines = [_message(path, document, at, text, overridden) for at, text in first_of_each.items()]
     raise UserError("\n".join(reversed(lines)))
 
 
@@ -54,72 +57,79 @@ def dump_recipe(recipe: Recipe) -> str:
     return buffer.getvalue()
 
 
-def _read(path: Path, known: frozenset[str]) -> CommentedMap:
+def _read(path: Path, known: frozenset[str]) -> Document:
+    with door(str(path)):
+        text = _text_of(path)
+    try:
+        document = read_yaml(text)
+    except YamlError as error:
+        raise UserError(f"{path}:{error.line}: {without_secrets(error.text, known)}") from None
+    if not isinstance(document.value, dict):
+        raise UserError(f"{path}:1: a recipe is a mapping of keys (name, out, prompts, teachers, …)")
+    return document
+
+
+def _text_of(path: Path) -> str:
+    """What stands in a recipe's file. A device or a pipe is none: it may never end."""
     if not path.is_file():
         raise UserError(f"{path}: there is no such recipe; give the path of a YAML file")
+    with path.open("rb") as file:
+        content = file.read(RECIPE_BYTES + 1)
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise UserError(f"{path}: not UTF-8 text but UTF-16; save it as UTF-8")
+    if len(content) > RECIPE_BYTES:
+        raise UserError(f"{path}: is larger than {RECIPE_BYTES:,} bytes, which no recipe needs; is it another file?")
     try:
-        tree = YAML(typ="rt").load(path.read_text(encoding="utf-8"))
-    except MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        problem = without_secrets(str(error.problem), known)  # of a key that is there twice it quotes both values
-        raise UserError(f"{path}:{line}: not YAML: {problem}; mend the indentation or quoting there") from None
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
-    if not isinstance(tree, CommentedMap):
-        raise UserError(f"{path}:1: a recipe is a mapping of keys (name, out, prompts, teachers, …)")
-    return tree
 
 
-def _override(tree: CommentedMap, item: str, known: frozenset[str]) -> Path_:
+def _override(tree: Any, item: str, known: frozenset[str]) -> Path_:
     """Applies one `key.path=value`; the value is YAML, so numbers, lists and null work. `known`: see `secrets_in`."""
     key, equals, text = item.partition("=")
-    shown = f"--set {without_secrets(item, known)}"
-    if not equals or not key.strip():
+    shown = f"--set {short(without_secrets(item, known))}"
+    path = key.strip().split(".")
+    if not equals or not all(path) or len(path) > RECIPE_DEPTH:
         raise UserError(f"{shown}: write key.path=value, for example --set training.workers=2")
     try:
-        value = YAML(typ="safe").load(text) if text.strip() else None
-    except MarkedYAMLError:
-        raise UserError(f"{shown}: the value is not YAML; put quotes around it") from None
-    path = tuple(int(part) if part.isdigit() else part for part in key.strip().split("."))
-    node: Any = tree
-    for depth, part in enumerate(path[:-1]):
-        node = _descend(node, part, shown, without_secrets(".".join(map(str, path[: depth + 1])), known))
-    _assign(node, path[-1], value, shown)
-    return path
+        value = read_yaml(text).value if text.strip() else None
+        read_yaml(json.dumps(key))
+    except YamlError as error:
+        what = error.text.removesuffix(CORRECT) + "put quotes around it" if CORRECT in error.text else error.text
+        raise UserError(f"{shown}: the value is {without_secrets(what, known)}") from None
+    node, at = tree, list[str | int]()
+    for part in path[:-1]:
+        so_far = without_secrets(".".join(map(str, [*at, part])), known)
+        at.append(_place(node, part))
+        node = _descend(node, at[-1], shown, so_far)
+    at.append(_place(node, path[-1]))
+    _assign(node, at[-1], value, shown)
+    return tuple(at)
+
+
+def _place(node: Any, part: str) -> str | int:
+    """A part of a key path as it leads on from here: of a list a number."""
+    return int(part) if isinstance(node, list) and part.isascii() and part.isdigit() and len(part) < 6 else part
 
 
 def _descend(node: Any, part: str | int, where: str, so_far: str) -> Any:
-    if isinstance(node, CommentedSeq) and isinstance(part, int) and part < len(node):
+    if isinstance(node, list) and isinstance(part, int) and part < len(node):
         return node[part]
     if isinstance(node, dict):
-        child = node.get(part, node.get(str(part)))
-        if child is None:
-            child = node[str(part)] = CommentedMap()
-        return child
+        if node.get(str(part)) is None:
+            node[str(part)] = {}
+        return node[str(part)]
     raise UserError(f"{where}: {so_far} is not a section that holds keys")
 
 
 def _assign(node: Any, part: str | int, value: Any, where: str) -> None:
-    if isinstance(node, CommentedSeq) and isinstance(part, int) and part < len(node):
+    if isinstance(node, list) and isinstance(part, int) and part < len(node):
         node[part] = value
     elif isinstance(node, dict):
         node[str(part)] = value
     else:
         raise UserError(f"{where}: the key cannot be set there: the one before it is not a section that holds keys")
-
-
-def _plain(node: Any) -> Any:
-    """Strips ruamel's types, so that pydantic's messages speak of plain ones."""
-    if isinstance(node, dict):
-        return {str(key): _plain(value) for key, value in node.items()}
-    if isinstance(node, list):
-        return [_plain(value) for value in node]
-    if isinstance(node, bool) or node is None:
-        return node
-    for kind in (int, float, str):
-        if isinstance(node, kind):
-            return kind(node)
-    return node
 
 
 def _real_path(tree: Any, loc: Path_) -> Path_:
@@ -147,17 +157,21 @@ def _explain(issue: Any) -> str:
     if kind == "missing":
         return "is missing; add it"
     if kind == "literal_error":
-        return f"{issue['input']!r} is not allowed; write {context['expected']}"
+        return f"{_shown(issue)} is not allowed; write {context['expected']}"
     if kind == "union_tag_not_found":
         return "`kind` is missing; add it"
     if kind == "union_tag_invalid":
-        return f"kind {context['tag']!r} is not allowed; write one of: {context['expected_tags']}"
+        return f"kind {short(repr(context['tag']))} is not allowed; write one of: {context['expected_tags']}"
     if kind == "value_error":
-        return f"{issue['input']!r} is not allowed; write {context['error']}"
+        return f"{_shown(issue)} is not allowed; write {context['error']}"
     if kind == "string_pattern_mismatch":
-        return f"{issue['input']!r}: use letters, digits, '.', '_' and '-' only"
+        return f"{_shown(issue)}: use letters, digits, '.', '_' and '-' only"
     message = (issue["msg"][0].lower() + issue["msg"][1:]).partition(", unable to parse")[0]
-    return f"{issue['input']!r}: {message.replace('input should be', 'write').replace('valid ', '')}"
+    return f"{_shown(issue)}: {message.replace('input should be', 'write').replace('valid ', '')}"
+
+
+def _shown(issue: Any) -> str:
+    return short(repr(issue["input"]))
 
 
 def _unknown_key(loc: Path_) -> str:
@@ -186,20 +200,8 @@ def _child(kind: Any, part: str | int) -> Any:
     return members[-1] if members else None
 
 
-def _message(path: Path, tree: CommentedMap, at: Path_, text: str, overridden: list[Path_]) -> str:
-    key = ".".join(map(str, at)) or "(the recipe)"
-    if any(at[: len(item)] == item or tuple(map(str, at)) == tuple(map(str, item)) for item in overridden):
+def _message(path: Path, document: Document, at: Path_, text: str, overridden: list[Path_]) -> str:
+    key = short(".".join(map(str, at))) or "(the recipe)"
+    if any(at[: len(item)] == item for item in overridden):
         return f"--set {key}: {text}"
-    return f"{path}:{_line(tree, at)}: {key}: {text}"
-
-
-def _line(tree: Any, at: Path_) -> int:
-    """The line of the deepest key of the path that stands in the file."""
-    line, node = 1, tree
-    for part in at:
-        try:
-            where = node.lc.value(part) if isinstance(node, CommentedSeq) else node.lc.key(part)
-            line, node = where[0] + 1, node[part]
-        except (KeyError, IndexError, TypeError, AttributeError):
-            break
-    return line
+    return f"{path}:{document.line(at)}: {key}: {text}"

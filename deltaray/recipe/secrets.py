@@ -71,7 +71,10 @@ def _secret(name: str, value: str, known: frozenset[str]) -> str | None:
         return "what looks like a key"
     if "://" not in value:
         return None
-    parts = urlsplit(value)
+    try:
+        parts = urlsplit(value)
+    except ValueError:  # no address, which those who need one will say
+        return "credentials in an address" if "@" in value else None
     if "@" in parts.netloc:
         return "credentials in an address"
     named = [key for key, _ in parse_qsl(parts.query) if KEYS.search(key) or QUERY_KEYS.match(key)]

@@ -38,10 +38,10 @@ class Terminal:
         self.log: Path | None = None
 
     def say(self, text: str) -> None:
-        self.err.print(text, markup=False)
+        self.err.print(text)
 
     def result(self, text: str) -> None:
-        self.out.print(text, markup=False)
+        self.out.print(text)
 
     def result_json(self, value: Any) -> None:
         self.out.file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
@@ -106,8 +106,10 @@ class _Notes(logging.Handler):
 def _console(descriptor: int) -> Console:
     """On a private copy of the descriptor; what goes into a pipe or a file is not cut to a terminal's width."""
     width = None if os.isatty(descriptor) else PLAIN_WIDTH
-    file = TextIOWrapper(_Output(os.dup(descriptor), messages=descriptor == 2), encoding="utf-8", write_through=True)
-    return Console(file=file, highlight=False, soft_wrap=True, width=width)
+    sink = _Output(os.dup(descriptor), messages=descriptor == 2)
+    # names of files may hold bytes that are no UTF-8, and `[…]` that only looks like Rich's own markup
+    file = TextIOWrapper(sink, encoding="utf-8", errors="backslashreplace", write_through=True)
+    return Console(file=file, highlight=False, markup=False, emoji=False, soft_wrap=True, width=width)
 
 
 class _Output(FileIO):
@@ -129,8 +131,12 @@ class _Output(FileIO):
         return len(data)
 
 
+def _text(what: str) -> TextColumn:
+    return TextColumn(f"{{task.{what}}}", markup=False)
+
+
 def _bars(console: Console) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
+    columns = (_text("description"), BarColumn(), MofNCompleteColumn(), _text("fields[note]"))
     return Progress(
         *columns,
         TimeElapsedColumn(),

@@ -11,20 +11,24 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from deltaray.errors import UserError
+from deltaray.errors import UserError, door
 from deltaray.storage.filesystem import OBJECT_STORES, connect, patient, together
 from deltaray.storage.parquet import CONTENT, SOURCE, open_parquet
+from deltaray.words import is_unicode
 
 
 class Reader:
     """A local folder or a place in an object store (`s3://…`, `gs://…`). Cheap to pickle."""
 
     def __init__(self, out: str) -> None:
-        self.out = out if "://" in out else str(Path(out).expanduser().absolute())
-        base, path = connect(self.out)
-        self.local = Path(path) if isinstance(base, fs.LocalFileSystem) else None
-        if self.local and self.local.exists() and not self.local.is_dir():
-            raise UserError(f"out: {out} is a file; name a folder")
+        if "\0" in out or not is_unicode(out):  # Arrow would end the process over such a path
+            raise UserError(f"out: {out!r}: a study's folder has a name in Unicode, without NUL; name another one")
+        with door(f"out: {out}", "is no folder"):
+            self.out = out if "://" in out else str(Path(out).expanduser().absolute())
+            base, path = connect(self.out)
+            self.local = Path(path) if isinstance(base, fs.LocalFileSystem) else None
+            if self.local and self.local.exists() and not self.local.is_dir():
+                raise UserError(f"out: {out} is a file; name a folder")
         self.filesystem = fs.SubTreeFileSystem(path, patient(base))
         self.has_folders = base.type_name not in OBJECT_STORES
 
