@@ -24,7 +24,7 @@ TRIALS = 5_000
 """Of one exploration."""
 
 # --- data -------------------------------------------------------------------------------------------------------
-ROW_BYTES = 1 << 28
+ROW_BYTES = 1 << 26
 """Of one row of JSON Lines, and of one field of CSV."""
 JSON_FILE_BYTES = 1 << 30
 """Of a JSON file that is one list, which is read whole, and of what it unpacks to."""

@@ -146,7 +146,7 @@ class Store(Files):
     def made_from(self, pairing: str) -> str | None:
         """The digest of what a pairing's pairs were made from; None before they are complete."""
         record = f".deltaray/pairs/{pairing}.json"
-        return str(self.read_json(record)["inputs"]) if self.exists(record) else None
+        return str(self.read_json(record, {"inputs": str})["inputs"]) if self.exists(record) else None
 
     def trained(self, name: str) -> str | None:
         """Where a run's result is, complete: `students/<name>` or `adapters/<name>`; None if it is not trained."""

@@ -14,10 +14,9 @@ from deltaray.prompts.turns import (
     conversation_json,
     plain_turns,
     refuse_written_turns,
-    short,
     with_system,
 )
-from deltaray.words import is_unicode
+from deltaray.words import is_unicode, short
 
 COLUMNS = ("id", "prompt", "messages", "system", "tools", "answer", "source")
 """What is read of a row; other columns are left alone."""

@@ -16,7 +16,7 @@ def check_size(recipe: Recipe) -> Iterator[Problem]:
     elif (items := _items(recipe) * len(recipe.seeds)) > STUDY_ITEMS:
         yield (
             ("seeds",) if len(recipe.seeds) > 1 else (),
-            f"the study would have {items:,} models, pairings, runs and merges, over all seeds and grids; {STUDY_ITEMS:,} "
+            f"the study would have {items:,} models, pairings, runs and merges over all seeds; {STUDY_ITEMS:,} "
             "are the most: make several studies of it",
         )
     if recipe.exploration and (trials := _trials(recipe, recipe.exploration)) > TRIALS:

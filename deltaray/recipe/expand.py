@@ -47,8 +47,13 @@ def expand(recipe: Recipe) -> Study:
                 candidate_of = names.run(name) if item[0] != names.run(name) else None
                 paired = tuple(names.pairing(pairing) for pairing in run.pairings)
                 after = names.run(run.after) if run.after else None
-                runs[alone("training.runs", item[0], name)] = TrainingRun(item[0], names.student(), paired, settings, candidate_of, after)
-        merges |= {alone("training.runs", merge.name, f"merging.methods {merge.name}"): merge for merge in _merges(recipe, names)}
+                runs[alone("training.runs", item[0], name)] = TrainingRun(
+                    item[0], names.student(), paired, settings, candidate_of, after
+                )
+        merges |= {
+            alone("training.runs", merge.name, f"merging.methods {merge.name}"): merge
+            for merge in _merges(recipe, names)
+        }
         for model in _evaluated(recipe, names, seed):
             evaluated[alone("evaluated models", model.name, f"{model.role} {model.base}")] = model
     scorers = {name: _scorer_at(scorer, recipe) for name, scorer in recipe.scorers.items()}

@@ -1,4 +1,4 @@
-"""True and false where a number is wanted, and the reverse: pydantic takes one for the other, and a reader would not."""
+"""True or false where a number is wanted, and the reverse: pydantic takes one for the other; a reader would not."""
 
 from collections.abc import Iterator
 from types import UnionType
@@ -24,7 +24,7 @@ def mixed_up(node: Any, kind: Any, at: tuple[str | int, ...] = ()) -> Iterator[P
         for name, value in node.items():
             yield from mixed_up(value, _below(kinds, name, node), (*at, name))
     elif isinstance(node, list):
-        of_lists = (member for member in kinds if get_origin(member) in (list, tuple))
+        of_lists = (member for member in kinds if _origin(member) in (list, tuple))
         items = tuple(it for member in of_lists for inner in get_args(member) for it in _members(inner))
         for number, value in enumerate(node):
             yield from mixed_up(value, items, (*at, number))
@@ -40,7 +40,7 @@ def _below(kinds: Kinds, name: str, node: dict[str, Any]) -> Kinds:
     """The types of what stands under a name of a mapping that has one of these types."""
     found: list[Any] = []
     for member in kinds:
-        if get_origin(member) is dict:
+        if _origin(member) is dict:
             found += _members(get_args(member)[1])
         elif isinstance(member, type) and issubclass(member, BaseModel):
             told = member.model_fields.get("kind")
@@ -49,16 +49,20 @@ def _below(kinds: Kinds, name: str, node: dict[str, Any]) -> Kinds:
     return tuple(found)
 
 
+def _origin(kind: Any) -> Any:
+    return get_origin(kind)
+
+
 def _members(kind: Any) -> Kinds:
     """The types that a type is one of."""
     if isinstance(kind, tuple):
         return kind
-    if get_origin(kind) is Annotated:
+    if _origin(kind) is Annotated:
         return _members(get_args(kind)[0])
-    if get_origin(kind) in (Union, UnionType):
+    if _origin(kind) in (Union, UnionType):
         return tuple(member for it in get_args(kind) for member in _members(it))
     return (kind,)
 
 
 def _scalars(kind: Any) -> set[Any]:
-    return {type(it) for it in get_args(kind)} if get_origin(kind) is Literal else {kind}
+    return {type(it) for it in get_args(kind)} if _origin(kind) is Literal else {kind}

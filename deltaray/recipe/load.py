@@ -15,8 +15,8 @@ from ruamel.yaml import YAML
 from deltaray.errors import UserError, door
 from deltaray.limits import RECIPE_BYTES, RECIPE_DEPTH
 from deltaray.recipe.check import check_recipe
-from deltaray.recipe.recipe import Recipe
 from deltaray.recipe.kinds import mixed_up
+from deltaray.recipe.recipe import Recipe
 from deltaray.recipe.secrets import secrets_in, secrets_of, without_secrets
 from deltaray.recipe.yaml import CORRECT, Document, Path_, YamlError, read_yaml
 from deltaray.words import short

@@ -14,7 +14,6 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from deltaray.limits import PART_BYTES, PATH_BYTES
 
 
-
 def _day(value: Any) -> Any:
     """YAML reads a bare day as a date."""
     if isinstance(value, str):

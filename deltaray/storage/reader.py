@@ -13,7 +13,8 @@ from pyarrow import fs
 
 from deltaray.errors import UserError, door
 from deltaray.storage.filesystem import OBJECT_STORES, connect, patient, together
-from deltaray.storage.parquet import CONTENT, SOURCE, open_parquet
+from deltaray.storage.parquet import CONTENT, MEND, SOURCE, open_parquet
+from deltaray.storage.shape import Shape, misfit
 from deltaray.words import is_unicode
 
 
@@ -151,5 +152,29 @@ class Reader:
         with self.filesystem.open_input_file(path) as source:
             return bytes(source.read())
 
-    def read_json(self, path: str) -> Any:
-        return json.loads(self.read_bytes(path))
+    def read_json(self, path: str, shape: Shape = (dict, list)) -> Any:
+        """One JSON file's value.
+
+        Args:
+            shape: what it must look like (`storage/shape.py`).
+
+        Raises:
+            UserError: it is damaged, or was changed by somebody: it is no JSON, or looks otherwise.
+        """
+        with door(self.address(path), f"is damaged or no file of ours; {MEND}"):
+            value = json.loads(self.read_bytes(path))
+        if wrong := misfit(value, shape):
+            raise UserError(f"{self.address(path)}: is damaged or no file of ours: {wrong}; {MEND}")
+        return value
+
+    def read_lines(self, path: str, shape: Shape = dict) -> list[Any]:
+        """The values of a file with one JSON value per line; otherwise as `read_json`."""
+        found = []
+        for number, line in enumerate(self.read_bytes(path).split(b"\n"), start=1):
+            where = f"{self.address(path)}:{number}"
+            with door(where, f"is damaged or no line of ours; {MEND}"):
+                value = json.loads(line) if line.strip() else None
+            if line.strip() and (wrong := misfit(value, shape)):
+                raise UserError(f"{where}: is damaged or no line of ours: {wrong}; {MEND}")
+            found += [value] if line.strip() else []
+        return found
