@@ -46,6 +46,19 @@ def door(where: str, what: str = "cannot be read") -> Iterator[None]:
         raise UserError(f"{where}: {what}: {first_line(error)}") from error
 
 
+@contextmanager
+def led_by(key: str) -> Iterator[None]:
+    """Puts the recipe's key before a message that names a file.
+
+    Raises:
+        UserError: the one that was raised, as `{key}: …`.
+    """
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from error.__cause__
+
+
 def first_line(error: BaseException) -> str:
     """What an error says, in one line; its kind where it says nothing, and with the bare key of a `KeyError`."""
     said = str(error).strip()

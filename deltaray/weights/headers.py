@@ -7,9 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from deltaray.errors import UserError
+from deltaray.files import read_settings
+from deltaray.storage.shape import ANY, misfit
 from deltaray.weights.folder import INDEX, is_pointer
 
 SINGLE = "model.safetensors"
+DTYPES = frozenset(
+    {
+        "BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64", "F16", "BF16", "F32", "F64", "C64",
+        "F4", "F6_E2M3", "F6_E3M2", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ",
+    }
+)  # fmt: skip
+"""Those of the format."""
 LONGEST = 100_000_000
 """Bytes of a header, at most; the format's own limit."""
 
@@ -31,8 +40,8 @@ def tensors_of_file(path: Path) -> dict[str, Held]:
     """
     header, end = _header(path)
     size = path.stat().st_size
-    held = {name: Held(path, str(it["dtype"]), tuple(it["shape"])) for name, it in header.items()}
-    wanted = end + max((int(it["data_offsets"][1]) for it in header.values()), default=0)
+    held = {name: Held(path, it["dtype"], tuple(it["shape"])) for name, it in header.items()}
+    wanted = end + max((it["data_offsets"][1] for it in header.values()), default=0)
     if size != wanted:
         what = "cut short" if size < wanted else "too long"
         raise UserError(f"{path}: is {what}: {size:,} bytes, and its header says {wanted:,}; fetch or save it again")
@@ -55,10 +64,14 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
             text = file.read(length) if length <= LONGEST else b""
         header = json.loads(text)
         header.pop("__metadata__", None)
+        if misfit(header, {ANY: {"dtype": str, "shape": [int], "data_offsets": [int]}}):
+            raise ValueError
         for tensor in header.values():
-            tensor["dtype"], tensor["shape"], tensor["data_offsets"][1]
+            start, stop = tensor["data_offsets"]
+            if not 0 <= start <= stop or min(tensor["shape"], default=0) < 0 or tensor["dtype"] not in DTYPES:
+                raise ValueError
         return header, 8 + length
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
         raise UserError(f"{path}: is damaged or no safetensors file; fetch or save it again") from None
 
 
@@ -105,11 +118,13 @@ def _indexed(index: Path) -> dict[str, Held]:
 
 
 def _weight_map(index: Path) -> Mapping[str, str]:
-    try:
-        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        return {str(name): str(file) for name, file in places.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{index}: is damaged or no index of safetensors files; fetch or save it again") from None
+    settings = read_settings(index, LONGEST)
+    if misfit(settings, {"weight_map": {ANY: str}}):
+        raise UserError(f"{index}: is damaged or no index of safetensors files; fetch or save it again")
+    places: dict[str, str] = settings["weight_map"]
+    if outside := [file for file in places.values() if "/" in file or file.startswith(".")]:
+        raise UserError(f"{index}: names {outside[0]!r}, which lies outside of its folder; fetch or save it again")
+    return places
 
 
 def and_others(names: object) -> str:
