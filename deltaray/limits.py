@@ -5,7 +5,7 @@ time; the README lists these numbers. Nothing that people write comes near them.
 # --- recipes, and every other YAML file that is read ------------------------------------------------------------
 RECIPE_BYTES = 1 << 20
 """Of a file, and of one `--set`."""
-RECIPE_VALUES = 20_000
+RECIPE_VALUES = 10_000
 """Keys and values, with aliases written out."""
 RECIPE_DEPTH = 32
 """Sections inside sections."""

@@ -72,7 +72,7 @@ def read_yaml(text: str) -> Document:
         raise YamlError(mark.line + 1 if mark else 1, text) from None
     except ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
-        raise YamlError(line, f"holds U+{ord(str(error.character)):04X}, which YAML does not allow") from None
+        raise YamlError(line, f"holds U+{int(error.character):04X}, which YAML does not allow") from None
     except Exception as error:  # a parser's own mistakes
         raise YamlError(1, f"not YAML: {first_line(error)}; {CORRECT}") from None
     document = Document()
