@@ -16,8 +16,10 @@ from deltaray.errors import UserError, door
 from deltaray.limits import RECIPE_BYTES, RECIPE_DEPTH
 from deltaray.recipe.check import check_recipe
 from deltaray.recipe.kinds import mixed_up
+from deltaray.recipe.models import is_there
 from deltaray.recipe.recipe import Recipe
 from deltaray.recipe.secrets import secrets_in, secrets_of, without_secrets
+from deltaray.recipe.shipped import recipe_folder
 from deltaray.recipe.yaml import CORRECT, Document, Path_, YamlError, read_yaml
 from deltaray.words import short
 
@@ -32,6 +34,7 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
     document = _read(path, known)
     plain = document.value
     overridden = [_override(plain, item, known) for item in overrides or []]
+    _find_templates(plain, (path.parent, recipe_folder()))
     found = list(secrets_in(plain, known))  # first: other messages quote what they refuse
     found = found or list(mixed_up(plain, Recipe))
     try:
@@ -106,6 +109,24 @@ def _override(tree: Any, item: str, known: frozenset[str]) -> Path_:
     at.append(_place(node, path[-1]))
     _assign(node, at[-1], value, shown)
     return tuple(at)
+
+
+def _find_templates(node: Any, folders: tuple[Path, ...]) -> None:
+    """Templates that are not where deltaray was started are looked for in these folders: beside the recipe, and among
+    those that come with deltaray."""
+    if isinstance(node, dict):
+        name = node.get("chat_template")
+        if isinstance(name, str) and name and not is_there(name):
+            found = [str(folder / name) for folder in folders if is_there(str(folder / name))]
+            node["chat_template"] = _from_here(found[0]) if found else name
+    for inside in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
+        _find_templates(inside, folders)
+
+
+def _from_here(path: str) -> str:
+    """A path relative to this folder where it lies below it, so that it can travel with a job."""
+    whole = Path(path).absolute()
+    return str(whole.relative_to(Path.cwd())) if whole.is_relative_to(Path.cwd()) else str(whole)
 
 
 def _place(node: Any, part: str) -> str | int:
@@ -202,6 +223,7 @@ def _child(kind: Any, part: str | int) -> Any:
 
 def _message(path: Path, document: Document, at: Path_, text: str, overridden: list[Path_]) -> str:
     key = short(".".join(map(str, at))) or "(the recipe)"
-    if any(at[: len(item)] == item for item in overridden):
+    made = at not in document.lines  # an override made the section, too
+    if any(at[: len(item)] == item or (made and item[: len(at)] == at) for item in overridden):
         return f"--set {key}: {text}"
     return f"{path}:{document.line(at)}: {key}: {text}"

@@ -30,6 +30,7 @@ def prepare(folder: Path) -> Check:
     """The shipped recipes, and one whose models and prompts are there."""
     paths = sorted(recipe_folder().rglob("*.yaml"))
     texts = [path.read_text(encoding="utf-8") for path in paths]
+    texts = [text if "\ncluster:" in text else f"{text}\ncluster: {{cpus: 999, gpus: 999}}\n" for text in texts]
     trees = [YAML(typ="safe").load(text) for text in texts]
     local = _local(folder)
     terminal = _silent()
@@ -40,10 +41,10 @@ def prepare(folder: Path) -> Check:
     files = [str(pipe), str(there), str(folder / "zero.jsonl"), str(folder), "/dev/zero", "/etc/shadow"]
 
     def check(chance: random.Random) -> str:
-        number = chance.randrange(len(trees) + 8)
+        number = chance.randrange(len(trees) + 20)
         tree, text = (trees[number], texts[number]) if number < len(trees) else (local, json.dumps(local))
         content = _content(chance, tree, text, files)
-        sets = [_override(chance, tree) for _ in range(chance.choice((0, 0, 1, 1, 3)))]
+        sets = [_override(chance, tree) for _ in range(chance.choice((0, 0, 0, 1, 3)))]
         path = folder / "recipe.yaml"
         path.write_bytes(content)
         return plan(path, sets, terminal)
@@ -115,13 +116,13 @@ def _local(folder: Path) -> dict[str, Any]:
 # --- what is changed ----------------------------------------------------------------------------------------------
 def _content(chance: random.Random, tree: Any, text: str, files: list[str]) -> bytes:
     kind = chance.random()
-    if kind < 0.55:
-        for _ in range(chance.choice((1, 1, 2, 4))):
+    if kind < 0.7:
+        for _ in range(chance.choice((1, 1, 1, 2, 4))):
             tree = change(chance, tree)
         if chance.random() < 0.2:
             tree = _with_file(chance, tree, files)
         return _dumped(chance, tree)
-    if kind < 0.95:
+    if kind < 0.97:
         return spoil(chance, text.encode())
     return chance.choice(_ATTACKS)(chance)
 
