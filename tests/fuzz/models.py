@@ -1,4 +1,4 @@
-"""Folders of models and adapters: configurations, tokenizers, templates, weights and their headers, changed in all ways."""
+"""Folders of models and adapters: configurations, tokenizers, templates, weights and their headers, changed."""
 
 import json
 import random

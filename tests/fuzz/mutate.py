@@ -10,12 +10,13 @@ NUMBERS: list[Any] = [
     float("inf"), -float("inf"), True, False,
 ]  # fmt: skip
 TEXTS = [
-    "", " ", "\n", "a\0b", "\ud800", "\udcff x", "\ufeff", "é" * 300, "x" * 5000, "a/" * 3000, "../" * 40, "~nobody/x",
-    "[red]", "[/]", "[bold", ":smile:", "\x1b[31m", "nan", ".nan", "inf", "-.inf", "1e999", "5e-8", "0x1F", "1_000", "²",
-    "٣", "yes", "no", "on", "null", "~", "2020-01-01", "2020-13-45", "12:30:45", "{seed}", "{prompt}", "http://[", "s3://",
-    "s3://b/x?region=[", "gs://x", "file:///dev/zero", "/dev/zero", "/dev/null", "/dev/stdin", "/", ".", "..", "/proc/self/mem",
-    "C:\\x", "a b", "a\tb", "CON", "-x", "--set", "$HOME", "%s%n", "{}", "{0.__class__}", "{{ x }}", "{% for %}", "(a+)+$",
-    "<script>", "' OR 1=1", "=1+1", "owner/name", "a/b/c", "delta > student", "name/part", "9" * 30,
+    "", " ", "\n", "a\0b", "\ud800", "\udcff x", "\ufeff", "é" * 300, "x" * 5000, "a/" * 3000, "../" * 40,
+    "~nobody/x", "[red]", "[/]", "[bold", ":smile:", "\x1b[31m", "nan", ".nan", "inf", "-.inf", "1e999", "5e-8",
+    "0x1F", "1_000", "²", "٣", "yes", "no", "on", "null", "~", "2020-01-01", "2020-13-45", "12:30:45", "{seed}",
+    "{prompt}", "http://[", "s3://", "s3://b/x?region=[", "gs://x", "file:///dev/zero", "/dev/zero", "/dev/null",
+    "/dev/stdin", "/", ".", "..", "/proc/self/mem", "C:\\x", "a b", "a\tb", "CON", "-x", "--set", "$HOME", "%s%n",
+    "{}", "{0.__class__}", "{{ x }}", "{% for %}", "(a+)+$", "<script>", "' OR 1=1", "=1+1", "owner/name", "a/b/c",
+    "delta > student", "name/part", "9" * 30,
 ]  # fmt: skip
 
 
@@ -106,10 +107,11 @@ def spoil(chance: random.Random, content: bytes) -> bytes:
 
 
 ODD = [
-    b"\0", b"\xff", b"\xfe\xff", b"\xef\xbb\xbf", b"\r\n", b"\r", b"\t", b"\xe2\x80\xa8", b"\xed\xa0\x80", b"[" * 2000,
-    b"{" * 2000, b'{"a":' * 2000, b"- " * 500, b"&a ", b"*a", b"!!python/object/apply:os.system ['id']", b"!!binary x",
-    b"<<: *a", b"---\n", b"...\n", b"%YAML 1.1\n---\n", b"? ", b"|", b">", b"'", b'"', b"\\", b"\\ud800", b"#", b": ", b",",
-    b"}", b"]", b"1e999", b"NaN", b"-Infinity", b"9" * 5000, b"null", b"\x1b[2J", b"[red]", b"\n" * 50, b" " * 200,
+    b"\0", b"\xff", b"\xfe\xff", b"\xef\xbb\xbf", b"\r\n", b"\r", b"\t", b"\xe2\x80\xa8", b"\xed\xa0\x80",
+    b"[" * 2000, b"{" * 2000, b'{"a":' * 2000, b"- " * 500, b"&a ", b"*a",
+    b"!!python/object/apply:os.system ['id']", b"!!binary x", b"<<: *a", b"---\n", b"...\n", b"%YAML 1.1\n---\n",
+    b"? ", b"|", b">", b"'", b'"', b"\\", b"\\ud800", b"#", b": ", b",", b"}", b"]", b"1e999", b"NaN", b"-Infinity",
+    b"9" * 5000, b"null", b"\x1b[2J", b"[red]", b"\n" * 50, b" " * 200,
 ]  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Tampered `out` folders: one file of a small study is changed, cut or exchanged, then it is looked at and gone on with.
+"""Tampered `out` folders: a file of a small study is changed, cut or exchanged, and it is looked at and gone on with.
 
 The study is made of a preference data set, so that its pairs need neither engine nor cluster: what Ray would spread is
 done in this process. Where bytes of a Parquet file changed and the pairs are made again, they must be the same as
@@ -109,7 +109,10 @@ def _recipe(folder: Path) -> Path:
         "scorers": {"given": {"kind": "given"}, "surface": {"kind": "surface"}},
         "pairings": {
             "all": {"chosen": "chosen", "rejected": "rejected", "scorer": "given"},
-            "some": {"chosen": "chosen", "rejected": "rejected", "scorer": "surface", "limit": 9, "filters": [{"kind": "duplicate_prompt"}]},
+            "some": {
+                "chosen": "chosen", "rejected": "rejected", "scorer": "surface", "limit": 9,
+                "filters": [{"kind": "duplicate_prompt"}],
+            },
         },
         "student": {"model": str(folder / "student"), "max_length": 64},
         "training": {"runs": {"all": {"pairing": "all"}}},
@@ -157,11 +160,25 @@ def _pairs(out: Path) -> dict[str, list[Any]]:
 
 
 # --- this process is the cluster ------------------------------------------------------------------------------------
+_before: list[tuple[Any, str, Any]] = []
+
+
 def _stay_here() -> None:
     for name in SPREADING:
-        import_module(f"deltaray.{name}").map_units = _map_units  # type: ignore[attr-defined]
-    Runner.ray = lambda self: Capacity(8, 0)  # type: ignore[method-assign]
-    Runner.stage = _stage  # type: ignore[method-assign,assignment]
+        _put(import_module(f"deltaray.{name}"), "map_units", _map_units)
+    _put(Runner, "ray", lambda self: Capacity(8, 0))
+    _put(Runner, "stage", _stage)
+
+
+def _put(place: Any, name: str, instead: Any) -> None:
+    _before.append((place, name, getattr(place, name)))
+    setattr(place, name, instead)
+
+
+def leave() -> None:
+    """Makes work spread over a cluster again."""
+    while _before:
+        setattr(*_before.pop())
 
 
 def _map_units(units: list[Any], work: Callable[[Any], Any]) -> Iterator[Any]:

@@ -20,13 +20,15 @@ from tests.fuzz.mutate import change, json_bytes, spoil, value
 from tests.fuzz.recipes import Check, _silent
 
 TURNS = [{"role": "user", "content": "Name a colour."}]
+RED: dict[str, Any] = {"role": "assistant", "content": "Red."}
+PART = {"type": "text", "text": "Red."}
 ROWS: list[dict[str, Any]] = [
     {"id": "a", "prompt": "1+1=", "answer": "2", "source": "sums"},
     {"id": "b", "messages": [{"role": "system", "content": "Be brief."}, *TURNS], "answer": ["x"]},
     {"messages": TURNS, "tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]},
     {"prompt": "chosen?", "chosen": "yes", "rejected": "no", "chosen_score": 5, "rejected_score": 1.5},
-    {"chosen": [*TURNS, {"role": "assistant", "content": "Red."}], "rejected": [*TURNS, {"role": "assistant", "content": "7"}]},
-    {"prompt": TURNS, "chosen": [{"role": "assistant", "content": [{"type": "text", "text": "Red."}], "reasoning": "hm"}], "rejected": "Blue."},
+    {"chosen": [*TURNS, RED], "rejected": [*TURNS, RED | {"content": "7"}]},
+    {"prompt": TURNS, "chosen": [RED | {"content": [PART], "reasoning": "hm"}], "rejected": "Blue."},
 ]  # fmt: skip
 
 

@@ -1,10 +1,9 @@
-"""Recipes and `--set`: changed trees, changed bytes, and documents that attack the parser, through to the plan's table."""
+"""Recipes and `--set`: changed trees, changed bytes, documents that attack the parser; through to the plan's table."""
 
 import io
 import json
 import os
 import random
-import tempfile
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -23,6 +22,7 @@ from deltaray.recipe import dump_recipe, load_recipe, recipe_folder
 from deltaray.runtime.terminal import Terminal
 from tests.fuzz.mutate import ODD, TEXTS, change, places, spoil, value
 
+FILES = ("path", "chat_template", "adapter", "model", "out", "directory")
 Check = Callable[[random.Random], str]
 
 
@@ -90,24 +90,39 @@ def _local(folder: Path) -> dict[str, Any]:
         "name": "fuzzed",
         "out": str(folder / "out"),
         "prompts": {"path": str(folder / "prompts.jsonl"), "limit": 2},
-        "teachers": {"a": {"model": "a", "endpoint": server}, "b": {"model": "b", "endpoint": server, "system": "Be kind."}},
+        "teachers": {
+            "a": {"model": "a", "endpoint": server},
+            "b": {"model": "b", "endpoint": server, "system": "Be kind."},
+        },
         "scorers": {
             "exact": {"kind": "exact_match"},
             "judge": {"kind": "judge", "by": {"model": "j", "endpoint": server}, "aspects": {"x": "y"}},
             "surface": {"kind": "surface"},
         },
         "pairings": {
-            "delta": {"chosen": "a", "rejected": "b", "scorer": "exact", "min_delta": 0.5, "filters": [{"kind": "length", "max_tokens": 9}]},
+            "delta": {
+                "chosen": "a", "rejected": "b", "scorer": "exact", "min_delta": 0.5,
+                "filters": [{"kind": "length", "max_tokens": 9}],
+            },
             "pool": {"policy": "best_over_worst", "teachers": ["a", "b"], "scorer": "surface/characters"},
         },
         "student": {"model": "Qwen/Qwen3-0.6B", "max_length": 64},
-        "training": {"heldout": 0.1, "runs": {"delta": {"pairing": "delta", "learning_rate": [1e-5, 2e-5], "early": []}, "more": {"pairing": ["delta", "pool"], "lora": {"rank": 4}}}},
+        "training": {
+            "heldout": 0.1,
+            "runs": {
+                "delta": {"pairing": "delta", "learning_rate": [1e-5, 2e-5], "early": []},
+                "more": {"pairing": ["delta", "pool"], "lora": {"rank": 4}},
+            },
+        },
         "evaluation": {
             "tasks": {"sums": {"path": str(folder / "tasks.jsonl"), "sampling": {"max_tokens": 4}}},
             "selection": {"other": {"path": str(folder / "prompts.jsonl")}},
             "claims": ["delta > student"],
         },
-        "exploration": {"space": {"min_delta": [None, 0.5], "learning_rate": [1e-5, 1e-4], "beta": [0.1, 5]}, "search": "grid"},
+        "exploration": {
+            "space": {"min_delta": [None, 0.5], "learning_rate": [1e-5, 1e-4], "beta": [0.1, 5]},
+            "search": "grid",
+        },
         "seeds": [0, 1],
         "cluster": {"cpus": 8, "gpus": 0},
     }  # fmt: skip
@@ -162,9 +177,8 @@ def _override(chance: random.Random, tree: Any) -> str:
         place.insert(chance.randrange(len(place) + 1), str(value(chance)))
     if chance.random() < 0.1:
         place[chance.randrange(len(place))] = chance.choice(TEXTS)
-    text = chance.choice((str, json.dumps))(
-        chance.choice((value(chance), value(chance), ODD[chance.randrange(len(ODD))].decode(errors="surrogateescape")))
-    )
+    odd = chance.choice(ODD).decode(errors="surrogateescape")
+    text = chance.choice((str, json.dumps))(chance.choice((value(chance), value(chance), odd)))
     return f"{'.'.join(place)}{chance.choice(('=', '=', '=', '=', '', ' = ', '=='))}{text}"
 
 
@@ -176,9 +190,8 @@ def _bomb(chance: random.Random) -> bytes:
 
 
 def _merges(chance: random.Random) -> bytes:
-    lines = ["a0: &a0 {x: 1, y: 2}"] + [
-        f"a{n}: &a{n} {{<<: [*a{n - 1}, *a{n - 1}], k{n}: 1}}" for n in range(1, chance.choice((4, 30, 200)))
-    ]
+    lines = ["a0: &a0 {x: 1, y: 2}"]
+    lines += [f"a{n}: &a{n} {{<<: [*a{n - 1}, *a{n - 1}], k{n}: 1}}" for n in range(1, chance.choice((4, 30, 200)))]
     return "\n".join(lines).encode()
 
 
@@ -206,19 +219,9 @@ def _itself(chance: random.Random) -> bytes:
 
 
 def _encoded(chance: random.Random) -> bytes:
-    text = chance.choice(
-        (
-            "name: x\nout: y\n",
-            "- a\n- b\n",
-            "",
-            "just text",
-            "a: 1\n---\nb: 2\n",
-            "name: x\r\nout: y\r\n",
-            "name:\tx\n\tout: y",
-        )
-    )
+    documents = ("name: x\nout: y\n", "- a\n- b\n", "", "just text", "a: 1\n---\nb: 2\n", "name: x\r\nout: y\r\n")
+    text = chance.choice((*documents, "name:\tx\n\tout: y"))
     return text.encode(chance.choice(("utf-8-sig", "utf-16", "utf-32", "latin-1", "utf-16-le")))
 
 
 _ATTACKS = (_bomb, _merges, _deep, _wide, _itself, _encoded)
-_ = tempfile
