@@ -68,7 +68,7 @@ def stored_recipe(store: Store) -> Recipe:
         copy = Path(folder) / "recipe.yaml"
         copy.write_bytes(store.read_bytes("recipe.yaml"))
         try:
-            return load_recipe(copy, [f"out={json.dumps(store.out)}"])
+            return load_recipe(copy, [f"out={json.dumps(store.out, ensure_ascii=False)}"])
         except UserError as error:
             raise UserError(str(error).replace(str(copy), store.address("recipe.yaml"))) from None
 

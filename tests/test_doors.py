@@ -54,6 +54,7 @@ def test_yaml_becomes_plain_values_and_every_alias_one_of_its_own() -> None:
     assert found.value["a"] == found.value["b"] == {"n": 1} and found.value["c"] == {"n": 2}
     assert found.value["a"] is not found.value["b"]
     assert found.value["d"] == [5e-8, 31, 15, 1000, "no", "yes", "2031-05-04", None, True, "1"]
+    assert read_yaml('"\\ud83d\\ude00"').value == "\U0001f600"
     assert found.line(("c", "n")) == 3 and found.line(("b", "n")) == 1 and found.line(("d", 3, "x")) == 4
 
 

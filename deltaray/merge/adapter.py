@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from deltaray.errors import UserError
+from deltaray.errors import UserError, door
 from deltaray.files import read_settings
 from deltaray.merge.factors import Factors
 from deltaray.weights.headers import tensors_of_file
@@ -208,7 +208,8 @@ def _open_weights(folder: Path) -> Any:
             )
         raise UserError(f"{folder}: holds no {WEIGHTS}; give the folder of an adapter that PEFT has saved")
     tensors_of_file(path)  # whole, and nothing in it is empty
-    return safe_open(path, framework="pt")
+    with door(str(path), "is damaged; fetch or save it again"):
+        return safe_open(path, framework="pt")
 
 
 def _modules(path: Path, keys: list[str]) -> tuple[dict[str, Keys], list[str]]:

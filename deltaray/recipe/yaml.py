@@ -18,6 +18,7 @@ from ruamel.yaml.reader import ReaderError
 
 from deltaray.errors import first_line
 from deltaray.limits import RECIPE_BYTES, RECIPE_DEPTH, RECIPE_VALUES, WHOLE_NUMBER
+from deltaray.words import is_unicode
 
 Path_ = tuple[str | int, ...]
 
@@ -205,6 +206,8 @@ def _no_tag(tag: str) -> str:
 
 
 def _text(text: str, line: int) -> str:
+    if not is_unicode(text):  # JSON writes one character as two halves
+        text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "surrogatepass")
     if found := _UNFIT.search(text):
         raise YamlError(line, f"holds U+{ord(found[0]):04X}, which no file name and no table can hold; leave it out")
     return text

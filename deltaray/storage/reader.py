@@ -88,7 +88,17 @@ class Reader:
             if item.type == fs.FileType.File and item.path.endswith(suffix) and "/." not in f"/{item.path[start:]}"
         }
 
+    def _refuse_endless(self, path: str) -> None:
+        """UserError for what is there and is no file: reading a pipe or a device may never end."""
+        if self.local is None:
+            return
+        with door(self.address(path)):
+            there = self.local / path
+            if there.exists() and not there.is_file():
+                raise UserError(f"{self.address(path)}: is no file (a folder, a pipe or a device); {MEND}")
+
     def _open(self, path: str, schema: pa.Schema | None = None) -> Any:
+        self._refuse_endless(path)
         return open_parquet(self.filesystem, path, self.address(path), schema)
 
     def read_table(self, path: str, columns: list[str] | None = None, schema: pa.Schema | None = None) -> pa.Table:
@@ -149,6 +159,13 @@ class Reader:
         return sum(together(self.count, self.committed(folder)))
 
     def read_bytes(self, path: str) -> bytes:
+        """A file's content.
+
+        Raises:
+            UserError: it is a folder, a pipe or a device.
+            OSError: it is not there, or cannot be read.
+        """
+        self._refuse_endless(path)
         with self.filesystem.open_input_file(path) as source:
             return bytes(source.read())
 

@@ -103,7 +103,6 @@ def _recipe(folder: Path) -> Path:
     recipe = {
         "name": "fuzzed",
         "out": str(folder / "out"),
-        "date": "2026-01-01",
         "shard_size": 8,
         "preferences": {"path": str(folder / "rows.jsonl")},
         "scorers": {"given": {"kind": "given"}, "surface": {"kind": "surface"}},

@@ -31,7 +31,7 @@ def prepare(folder: Path) -> Check:
     paths = sorted(recipe_folder().rglob("*.yaml"))
     texts = [path.read_text(encoding="utf-8") for path in paths]
     texts = [text if "\ncluster:" in text else f"{text}\ncluster: {{cpus: 999, gpus: 999}}\n" for text in texts]
-    trees = [YAML(typ="safe").load(text) for text in texts]
+    trees = [json.loads(json.dumps(YAML(typ="safe").load(text), default=str)) for text in texts]  # nothing is shared
     local = _local(folder)
     terminal = _silent()
     pipe, there = folder / "pipe.jsonl", folder / "there.jsonl"
