@@ -136,6 +136,8 @@ def refuse_endless(path: Path, settings: Any) -> None:
 def is_pointer(path: Path) -> bool:
     """Whether git-lfs has not fetched a file."""
     try:
+        if not path.is_file():  # a pipe would never answer
+            return False
         with path.open("rb") as file:
             return file.read(len(POINTER)) == POINTER
     except OSError:

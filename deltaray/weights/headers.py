@@ -1,6 +1,7 @@
 """What safetensors files hold, from their headers: names, shapes and types of tensors, and whether a file is whole."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,13 +13,12 @@ from deltaray.storage.shape import ANY, misfit
 from deltaray.weights.folder import INDEX, is_pointer
 
 SINGLE = "model.safetensors"
-DTYPES = frozenset(
-    {
-        "BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64", "F16", "BF16", "F32", "F64", "C64",
-        "F4", "F6_E2M3", "F6_E3M2", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ",
-    }
-)  # fmt: skip
-"""Those of the format."""
+BITS = {
+    "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64, "F16": 16,
+    "BF16": 16, "F32": 32, "F64": 64, "C64": 64, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
+}  # fmt: skip
+"""Of one element, by the format's types."""
 LONGEST = 100_000_000
 """Bytes of a header, at most; the format's own limit."""
 
@@ -59,20 +59,30 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
     if is_pointer(path):
         raise UserError(f"{path}: is a pointer of git-lfs, not the file itself; fetch it with `git lfs pull`")
     try:
+        if not path.is_file():
+            raise ValueError
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             text = file.read(length) if length <= LONGEST else b""
         header = json.loads(text)
         header.pop("__metadata__", None)
-        if misfit(header, {ANY: {"dtype": str, "shape": [int], "data_offsets": [int]}}):
-            raise ValueError
-        for tensor in header.values():
-            start, stop = tensor["data_offsets"]
-            if not 0 <= start <= stop or min(tensor["shape"], default=0) < 0 or tensor["dtype"] not in DTYPES:
-                raise ValueError
+        _demand_sound(header)
         return header, 8 + length
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
         raise UserError(f"{path}: is damaged or no safetensors file; fetch or save it again") from None
+
+
+def _demand_sound(header: Any) -> None:
+    """ValueError or KeyError unless its tensors lie one behind the other, each as long as its shape and type say."""
+    if misfit(header, {ANY: {"dtype": str, "shape": [int], "data_offsets": [int]}}):
+        raise ValueError
+    end = 0
+    for tensor in sorted(header.values(), key=lambda it: it["data_offsets"]):
+        start, stop = tensor["data_offsets"]
+        size = math.prod(tensor["shape"]) * BITS[tensor["dtype"]]
+        if start != end or min(tensor["shape"], default=0) < 0 or 8 * (stop - start) != size:
+            raise ValueError
+        end = stop
 
 
 def tensors_of_model(folder: Path, any_names: bool = False) -> dict[str, Held]:

@@ -47,9 +47,9 @@ def work(door: str, seed: int, numbers: list[int], told: Any, limited: bool = Tr
             resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
         for number in numbers:
             told.send({"starts": number})
-            told.send(one(check, door, seed, number))
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        told.send({"peak_mib": peak // 1024, "before_mib": before // 1024})
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+            told.send(one(check, door, seed, number) | {"peak_mib": peak})
+        told.send({"done": True, "before_mib": before // 1024})
 
 
 class Told(list[Any]):
