@@ -137,7 +137,7 @@ def test_a_mark_and_other_line_ends_change_nothing(tmp_path: Path) -> None:
         ("training.runs.first.beta='nan'", "--set training.runs.first.beta: 'nan': write a finite number"),
         ("training.runs.first.beta='inf'", "--set training.runs.first.beta: 'inf': write a finite number"),
         ("training.runs.first.beta=true", "--set training.runs.first.beta: true: write a number"),
-        ("training.workers=yes", "--set training.workers: 'yes': write a integer"),
+        ("training.workers=yes", "--set training.workers: 'yes': write a whole number"),
         ("training.workers=true", "--set training.workers: true: write a number"),
         (
             "training.runs.first.learning_rate=[1e-5, true]",

@@ -3,9 +3,9 @@
     nice -n 10 .venv/bin/python -m tests.fuzz --inputs 100000 --seed 1
 
 Counts tracebacks (anything but a result or one of our two errors), hangs (an input that takes more than 5 s of this
-process's CPU time, or three minutes on the clock: then the process is ended and goes on behind it), deaths of the process, and
-its peak memory. Writes `tests/benchmarks/results/fuzz.json`; every failure stands there with its number, and
-`--door D --seed S --only N` makes it again.
+process's CPU time, or three minutes on the clock: then the process is ended and goes on behind it), deaths of the
+process, and its peak memory. Writes `tests/benchmarks/results/fuzz.json`: every failure with its number, of which
+`--door D --seed S --only N` makes the same input again.
 """
 
 import argparse

@@ -53,7 +53,9 @@ def change(chance: random.Random, tree: Any) -> Any:
     if not where:
         return value(chance) if chance.random() < 0.05 else tree
     parent, key = at(tree, where[:-1]), where[-1]
-    act = chance.choice(("set", "set", "set", "delete", "copy", "swap", "wrap", "rename", "many", "retype"))
+    act = chance.choice(
+        ("set", "set", "set", "delete", "copy", "swap", "wrap", "rename", "many", "retype", "near", "near", "near")
+    )
     if act == "set":
         parent[key] = value(chance)
     elif act == "delete":
@@ -72,10 +74,22 @@ def change(chance: random.Random, tree: Any) -> Any:
         )
     elif act == "many":
         parent[key] = [copy.deepcopy(parent[key]) for _ in range(chance.choice((2, 50, 300)))]
+    elif act == "near":
+        parent[key] = _near(chance, parent[key], tree)
     elif act == "retype":
         inside = parent[key]
         parent[key] = str(inside) if not isinstance(inside, str) else len(inside)
     return tree
+
+
+def _near(chance: random.Random, inside: Any, tree: Any) -> Any:
+    """Another value of the same type."""
+    if isinstance(inside, bool):
+        return not inside
+    if isinstance(inside, int | float):
+        return chance.choice((inside + 1, inside * 2, inside * 1000, inside / 3, -inside, type(inside)(0)))
+    texts = [it for place in places(tree) if isinstance(it := at(tree, place), str)]
+    return chance.choice(texts) if isinstance(inside, str) else inside
 
 
 def spoil(chance: random.Random, content: bytes) -> bytes:

@@ -44,7 +44,7 @@ def prepare(folder: Path) -> Check:
         else:
             path = folder / f"rows.{kind}"
             path.write_bytes(_file(chance, kind))
-        return "refused" if "refused" in (_read(path, terminal), _read_preferences(path, terminal)) else "read"
+        return "read" if "read" in (_read(path, terminal), _read_preferences(path, terminal)) else "refused"
 
     return check
 
@@ -84,14 +84,14 @@ def _read_preferences(path: Path, terminal: Any) -> str:
 
 
 def _file(chance: random.Random, kind: str) -> bytes:
-    rows = [chance.choice(ROWS) for _ in range(chance.choice((1, 3, 6)))]
-    if chance.random() < 0.6:
-        for _ in range(chance.choice((1, 2, 4))):
+    rows = chance.sample(ROWS[:3] if chance.random() < 0.5 else ROWS[3:], chance.choice((1, 2, 3)))
+    if chance.random() < 0.7:
+        for _ in range(chance.choice((1, 1, 2, 4))):
             place = chance.randrange(len(rows))
             changed = change(chance, rows[place])
             rows[place] = changed
     content = _written(chance, kind, rows)
-    if chance.random() < 0.45:
+    if chance.random() < 0.4:
         content = spoil(chance, content)
     return content
 

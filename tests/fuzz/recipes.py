@@ -120,6 +120,7 @@ def _local(folder: Path) -> dict[str, Any]:
             "claims": ["delta > student"],
         },
         "exploration": {
+            "pairing": {"scorer": "exact"},
             "space": {"min_delta": [None, 0.5], "learning_rate": [1e-5, 1e-4], "beta": [0.1, 5]},
             "search": "grid",
         },
