@@ -188,7 +188,8 @@ def _explain(issue: Any) -> str:
     if kind == "string_pattern_mismatch":
         return f"{_shown(issue)}: use letters, digits, '.', '_' and '-' only"
     message = (issue["msg"][0].lower() + issue["msg"][1:]).partition(", unable to parse")[0]
-    return f"{_shown(issue)}: {message.replace('input should be', 'write').replace('valid ', '').replace('a integer', 'a whole number')}"
+    message = message.replace("valid integer", "whole number")
+    return f"{_shown(issue)}: {message.replace('input should be', 'write').replace('valid ', '')}"
 
 
 def _shown(issue: Any) -> str:
