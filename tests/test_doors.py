@@ -6,9 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from deltaray import cli
+from deltaray.contracts import SCORES
 from deltaray.errors import UserError, door
 from deltaray.limits import RECIPE_BYTES, SEEDS, STUDY_ITEMS
 from deltaray.prompts import read_prompts
@@ -17,6 +19,7 @@ from deltaray.recipe.yaml import YamlError, read_yaml
 from deltaray.runtime.terminal import Terminal
 from deltaray.status import open_study
 from deltaray.store import Store
+from deltaray.weights.headers import tensors_of_file
 
 RECIPE = """\
 name: study
@@ -347,3 +350,39 @@ def test_a_damaged_record_is_named(tmp_path: Path) -> None:
         store.write_bytes(".deltaray/pairs/p.json", content)
         with pytest.raises(UserError, match=r"pairs/p\.json: is damaged or no file of ours"):
             open_study(str(tmp_path)).made_from("p")
+
+
+def test_a_changed_byte_of_a_table_is_never_another_answer(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    rows = [{"prompt_id": f"p{n}", "sample": 0, "score": n / 7, "note": None, "parts": None} for n in range(200)]
+    table = pa.Table.from_pylist(rows, schema=SCORES)
+    store.write_table("scores/x.parquet", table, SCORES)
+    path = tmp_path / "scores" / "x.parquet"
+    whole, refused = path.read_bytes(), 0
+    for place in range(0, len(whole), 29):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x10]) + whole[place + 1 :])
+        try:
+            assert store.read_table("scores/x.parquet", schema=SCORES).equals(table)
+        except UserError as error:
+            assert str(path) in str(error)
+            refused += 1
+    assert refused > 10
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: Path(path).symlink_to("/dev/zero"), os.mkdir])
+def test_what_is_no_file_is_not_read(tmp_path: Path, make) -> None:
+    make(tmp_path / "pairs.json")
+    with pytest.raises(UserError, match=r"pairs\.json: is no file"):
+        Store(str(tmp_path)).read_json("pairs.json")
+
+
+def test_a_header_with_a_gap_is_no_header(tmp_path: Path) -> None:
+    for shape, start, kind in (([2], 0, "F32"), ([3], 0, "F32"), ([2], 4, "F32"), ([2], 0, "F31"), ([-2], 0, "F32")):
+        text = json.dumps({"w": {"dtype": kind, "shape": shape, "data_offsets": [start, start + 8]}}).encode()
+        path = tmp_path / "w.safetensors"
+        path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(start + 8))
+        if (shape, start, kind) == ([2], 0, "F32"):
+            assert tensors_of_file(path)["w"].shape == (2,)
+        else:
+            with pytest.raises(UserError, match="is damaged"):
+                tensors_of_file(path)
