@@ -135,7 +135,7 @@ def test_a_mark_and_other_line_ends_change_nothing(tmp_path: Path) -> None:
     [
         (
             "training.runs.first.beta=.nan",
-            ": the value is .nan: write a finite number",
+            ": .nan: write a finite number",
         ),
         ("training.runs.first.beta='nan'", "--set training.runs.first.beta: 'nan': write a finite number"),
         ("training.runs.first.beta='inf'", "--set training.runs.first.beta: 'inf': write a finite number"),

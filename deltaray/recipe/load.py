@@ -100,7 +100,7 @@ def _override(tree: Any, item: str, known: frozenset[str]) -> Path_:
         read_yaml(json.dumps(key))
     except YamlError as error:
         what = error.text.removesuffix(CORRECT) + "put quotes around it" if CORRECT in error.text else error.text
-        raise UserError(f"{shown}: the value is {without_secrets(what, known)}") from None
+        raise UserError(f"{shown}: {without_secrets(what, known)}") from None
     node, at = tree, list[str | int]()
     for part in path[:-1]:
         so_far = without_secrets(".".join(map(str, [*at, part])), known)
