@@ -91,8 +91,10 @@ def _too_deep() -> str:
 class _Bounded(Composer):
     """Counts what it reads."""
 
-    warn_double_anchors = False
-    count = 0
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self.warn_double_anchors = False  # YAML allows it
+        self.count = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         self.count += 1
