@@ -31,7 +31,7 @@ def read_settings(path: Path, most: int = CONFIG_BYTES) -> dict[str, Any]:
         UserError: as `read_small`, or it is no JSON object; led by its path.
     """
     content = read_small(path, most)
-    with door(str(path), "is no JSON; fetch or save it again"):
+    with door(str(path), "cannot be read as JSON; fetch or save it again"):
         value = json.loads(content)
     if not isinstance(value, dict):
         raise UserError(f"{path}: is no JSON object; fetch or save it again")
