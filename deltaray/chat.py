@@ -5,10 +5,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 
-from deltaray.prompts.turns import short
 from deltaray.runtime.failures import reason_of
 from deltaray.tokenizer.control import system_refusal
 from deltaray.tokenizer.render import ControlTokenError, foreign_tokens, rendered_ids
+from deltaray.words import short
 
 Message = dict[str, Any]
 """One turn: `role`, `content`, and where tools are used what else the chat template reads."""

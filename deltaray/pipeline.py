@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from datetime import date
 from pathlib import Path
 
-from deltaray.errors import UserError
+from deltaray.errors import UserError, door
 from deltaray.generate.supersede import changed_teachers, supersede
 from deltaray.plan import Item, make_plan
 from deltaray.prompts import store_source
@@ -170,4 +170,6 @@ def _dated(recipe: Recipe, store: Store) -> Recipe:
         return recipe
     store.check_access()
     kept = store.definition(DATE)
-    return recipe.model_copy(update={"date": kept["date"] if kept else date.today().isoformat()})
+    with door(f"{store.out}: its definition of the date", "is damaged"):
+        day = date.fromisoformat(kept["date"]) if kept else date.today()
+    return recipe.model_copy(update={"date": day.isoformat()})

@@ -13,6 +13,7 @@ from deltaray.recipe.models import Student, Teacher
 from deltaray.recipe.study import AdapterMerge, Study, TrainingRun
 from deltaray.runtime.session import Capacity
 from deltaray.store import Store
+from deltaray.words import exact
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def _training_item(study: Study, store: Store, run: TrainingRun, capacity: Capac
     gpus = capacity.gpus_per_worker(training.gpus_per_worker)
     each = f"{gpus} GPU" if gpus else f"{training.cpus_per_worker:g} CPU"
     settings = run.settings
-    rate = f"lr {settings.learning_rate:g}" if isinstance(settings.learning_rate, float) else ""
+    rate = f"lr {exact(settings.learning_rate)}" if isinstance(settings.learning_rate, float) else ""
     where = f"{settings.loss}, {rate}, {training.workers} workers, {each} each, ZeRO-{training.zero_stage}"
     if settings.lora:
         from deltaray.train.check import targets_said

@@ -14,6 +14,7 @@ from deltaray.recipe import Study
 from deltaray.recipe.study import TrainingRun
 from deltaray.runtime.runner import Runner
 from deltaray.runtime.terminal import StageProgress
+from deltaray.shapes import FUNNEL
 from deltaray.store import Store
 
 
@@ -138,7 +139,7 @@ class Stages:
 
     def _show_pairs(self, progress: StageProgress, name: str, pairs: int) -> None:
         progress.update(name, 1, 1, note=f"{pairs:,} pairs")
-        self.runner.metrics.funnel(name, self.store.read_json(Store.funnel(name)))
+        self.runner.metrics.funnel(name, self.store.read_json(Store.funnel(name), FUNNEL))
 
     def _demand_responses(self) -> None:
         for name in self.study.answering():

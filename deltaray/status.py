@@ -9,7 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from deltaray.calibrate.compare import compare
-from deltaray.errors import UserError
+from deltaray.errors import UserError, door
 from deltaray.generate.staging import RETRY, UNITS, failures
 from deltaray.plan import Item, make_plan, stages_of
 from deltaray.recipe import Recipe, expand, load_recipe
@@ -57,7 +57,9 @@ def open_study(out: str) -> Store:
     """
     store = Store(out)
     store.check_access()
-    if not store.exists("recipe.yaml"):
+    with door(out):
+        found = store.exists("recipe.yaml")
+    if not found:
         raise UserError(f"{out}: is no output folder of deltaray (there is no recipe.yaml in it)")
     return store
 
@@ -68,7 +70,7 @@ def stored_recipe(store: Store) -> Recipe:
         copy = Path(folder) / "recipe.yaml"
         copy.write_bytes(store.read_bytes("recipe.yaml"))
         try:
-            return load_recipe(copy, [f"out={json.dumps(store.out)}"])
+            return load_recipe(copy, [f"out={json.dumps(store.out, ensure_ascii=False)}"])
         except UserError as error:
             raise UserError(str(error).replace(str(copy), store.address("recipe.yaml"))) from None
 

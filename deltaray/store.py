@@ -146,7 +146,7 @@ class Store(Files):
     def made_from(self, pairing: str) -> str | None:
         """The digest of what a pairing's pairs were made from; None before they are complete."""
         record = f".deltaray/pairs/{pairing}.json"
-        return str(self.read_json(record)["inputs"]) if self.exists(record) else None
+        return str(self.read_json(record, {"inputs": str})["inputs"]) if self.exists(record) else None
 
     def trained(self, name: str) -> str | None:
         """Where a run's result is, complete: `students/<name>` or `adapters/<name>`; None if it is not trained."""
@@ -172,7 +172,7 @@ class Store(Files):
 
     def definition(self, name: str) -> dict[str, Any] | None:
         """What an artifact here is made from; None if there is none yet."""
-        return dict(self.read_json(_definition(name))) if self.exists(_definition(name)) else None
+        return dict(self.read_json(_definition(name), dict)) if self.exists(_definition(name)) else None
 
     def define(self, name: str, value: dict[str, Any]) -> None:
         """Binds an artifact to what it is made from, in place of an earlier definition."""
@@ -181,7 +181,7 @@ class Store(Files):
     def _changes(self, name: str, value: dict[str, Any]) -> Iterable[str]:
         if not self.exists(_definition(name)):
             return []
-        before, after = self.read_json(_definition(name)), json.loads(json.dumps(value))
+        before, after = self.read_json(_definition(name), dict), json.loads(json.dumps(value))
         keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
         return [f"{name}: {key} was {before.get(key)!r} and is now {after.get(key)!r}" for key in keys]
 

@@ -1,6 +1,5 @@
 """What was predicted beside what the generation then took."""
 
-import json
 from itertools import accumulate
 from typing import Any
 
@@ -68,7 +67,7 @@ def _tokens(store: Store, name: str, prompts: int, measure: Measure) -> int | No
 def _seconds(store: Store, rows: int) -> float | None:
     """Of the runs of the stage that made all the rows; what came later (second attempts at failed rows) is no part."""
     path = ".deltaray/stages.jsonl"
-    lines = store.read_bytes(path).decode().splitlines() if store.exists(path) else []
-    runs = [record for record in map(json.loads, lines) if record["stage"] == "generate"]
+    lines = store.read_lines(path, {"stage": str, "done": int, "seconds": float}) if store.exists(path) else []
+    runs = [record for record in lines if record["stage"] == "generate"]
     done = list(accumulate(run["done"] for run in runs))
     return round(sum(run["seconds"] for run in runs[: done.index(rows) + 1]), 1) if rows in done else None

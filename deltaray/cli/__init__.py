@@ -3,13 +3,16 @@
 import os
 import signal
 import sys
+import tempfile
+import traceback
+from pathlib import Path
 from typing import NoReturn
 
 import typer
 from typer.exceptions import TyperException
 
 from deltaray.cli.options import app
-from deltaray.errors import StageError, UserError
+from deltaray.errors import StageError, UserError, first_line
 from deltaray.runtime.terminal import Terminal
 
 # isort: off
@@ -40,9 +43,31 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     except TyperException as error:
         terminal.say(f"error: {error.format_message()}")
         code = 2
+    except (SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # a mistake of ours; also a panic of Rust code, which is no `Exception`
+        terminal.say(_unforeseen(error, terminal.log))
+        code = StageError.exit_code
     if code == INTERRUPTED:
         terminal.say("interrupted; what is committed is safe: run the same command again to resume")
     _exit(terminal, code)
+
+
+def _unforeseen(error: BaseException, log: Path | None) -> str:
+    """The message of what nobody caught; its traceback goes into the stage's log, or one of its own."""
+    said = "".join(traceback.format_exception(error))
+    try:
+        if log is None or log == Path(os.devnull):
+            descriptor, name = tempfile.mkstemp(prefix="deltaray-", suffix=".log")
+            log = Path(name)
+            os.close(descriptor)
+        with log.open("a", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(said)
+        where = f"the traceback is in {log}"
+    except OSError:
+        where = "its traceback could not be written anywhere"
+    what = f"{type(error).__name__}: {first_line(error).removeprefix(f'{type(error).__name__}: ')}"
+    return f"error: {what}\nnobody foresaw this; {where}: please report it (what is committed is safe)"
 
 
 def _exit(terminal: Terminal, code: int) -> NoReturn:

@@ -41,9 +41,10 @@ def _conclude(terminal: Terminal, pipeline: "Pipeline") -> None:
     from deltaray.aggregate.table import aggregation_table, order_lines
     from deltaray.evaluate.results import evaluations
     from deltaray.evaluate.table import answers_text, claims_text, result_table
+    from deltaray.shapes import SUMMARY
 
     if pipeline.store.exists("evaluation/summary.json"):
-        summary = pipeline.store.read_json("evaluation/summary.json")
+        summary = pipeline.store.read_json("evaluation/summary.json", SUMMARY)
         terminal.out.print(result_table(summary))
         for line in (*claims_text(summary), *answers_text(evaluations(pipeline.study, pipeline.store))):
             terminal.result(line)
@@ -132,6 +133,6 @@ def tune(
     evaluated = ["evaluate"] if pipeline.recipe.evaluation else []
     pipeline.run(["generate", *evaluated, "tune", "report"])
     context.obj.out.print(trial_table(pipeline.store))
-    context.obj.result(pipeline.store.read_json("tuning/landscape.json")["summary"])
+    context.obj.result(pipeline.store.read_json("tuning/landscape.json", {"summary": str})["summary"])
     context.obj.result(best_line(pipeline.store))
     context.obj.result(f"report: {pipeline.store.address('report.html')}")

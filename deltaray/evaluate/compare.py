@@ -11,6 +11,7 @@ from deltaray.evaluate.statistics import bootstrap_over_tasks, difference_over_s
 from deltaray.evaluate.values import TaskValues
 from deltaray.recipe.check_pairing import unknown
 from deltaray.recipe.study import Study
+from deltaray.shapes import EVALUATION
 from deltaray.store import Store
 
 MEAN = "mean"
@@ -60,7 +61,7 @@ def compare_two(study: Study, store: Store, first: str, second: str) -> list[dic
     for name in names:
         if not store.exists(Store.evaluation(name)):
             raise UserError(f"--compare: {name} is not evaluated yet; run the stages that make it")
-    values = TaskValues(study, store, {name: store.read_json(Store.evaluation(name)) for name in names})
+    values = TaskValues(study, store, {name: store.read_json(Store.evaluation(name), EVALUATION) for name in names})
     sides = names_by_seed(study, first), names_by_seed(study, second)
     return [_row(study, values, first, second, sides, task) for task in shared_tasks(values, sides)]
 

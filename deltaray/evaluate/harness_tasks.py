@@ -23,6 +23,7 @@ from deltaray.evaluate.harness_model import HarnessModel, Reply
 from deltaray.evaluate.samples import sample_rows, store_samples, task_summary
 from deltaray.recipe.evaluation import Harness, HarnessTask
 from deltaray.recipe.models import Teacher
+from deltaray.shapes import ASKED
 from deltaray.store import Store
 from deltaray.tokenizer import load_tokenizer
 
@@ -61,7 +62,7 @@ def ask(store: Store, unit: AskUnit) -> dict[str, Any]:
         _write_requests(store, unit, list(model.requests.values()))
         truncated = sum(request["truncated"] for request in model.requests.values())
         store.write_json(record, {"samples": model.samples, "requests": len(model.requests), "truncated": truncated})
-    return {"model": unit["model"], "task": unit["task"], **store.read_json(record)}
+    return {"model": unit["model"], "task": unit["task"], **store.read_json(record, ASKED)}
 
 
 def score(store: Store, unit: AskUnit) -> dict[str, Any]:
@@ -86,7 +87,7 @@ def score(store: Store, unit: AskUnit) -> dict[str, Any]:
             confirm_run_unsafe_code=harness.unsafe_code,
         )
     rows, metric = sample_rows(unit["task"], found, spec)
-    record = store.read_json(f"{unit['folder']}/requests.json")
+    record = store.read_json(f"{unit['folder']}/requests.json", ASKED)
     summary = task_summary(rows, metric, found, replies.values(), record["truncated"]) | {"identity": unit["identity"]}
     if over:
         summary["answers"]["unscored"] = len(over)

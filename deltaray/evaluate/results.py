@@ -14,6 +14,7 @@ from deltaray.evaluate.values import TaskValues
 from deltaray.recipe.check_evaluation import CLAIM
 from deltaray.recipe.evaluation import Task
 from deltaray.recipe.study import Study
+from deltaray.shapes import EVALUATION
 from deltaray.store import Store
 
 
@@ -36,7 +37,7 @@ def evaluation_of(
 def evaluations(study: Study, store: Store) -> dict[str, Any]:
     """What `evaluation_of` tells of each model that is evaluated, by name."""
     names = [name for name in study.evaluated if store.exists(Store.evaluation(name))]
-    return {name: store.read_json(Store.evaluation(name)) for name in names}
+    return {name: store.read_json(Store.evaluation(name), EVALUATION) for name in names}
 
 
 def summarise(study: Study, store: Store) -> dict[str, Any]:

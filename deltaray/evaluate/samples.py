@@ -17,6 +17,7 @@ from deltaray.contracts import SAMPLES
 from deltaray.errors import UserError
 from deltaray.evaluate.statistics import mean_and_stderr
 from deltaray.recipe.evaluation import HarnessTask
+from deltaray.shapes import RESULT
 from deltaray.store import Store
 
 Row = dict[str, Any]
@@ -148,12 +149,12 @@ def store_samples(store: Store, model: str, task: str, rows: list[Row], summary:
 def is_done(store: Store, model: str, task: str, identity: str) -> bool:
     """Whether a task's results are there, and those of this very model and task."""
     place = Store.sample_results(model, task)
-    return store.exists(place) and store.read_json(place)["identity"] == identity
+    return store.exists(place) and store.read_json(place, {"identity": str})["identity"] == identity
 
 
 def harness_result(store: Store, model: str, task: str) -> dict[str, Any]:
     """A harness task's entry in `evaluation/<name>.json`."""
-    found = store.read_json(Store.sample_results(model, task))
+    found = store.read_json(Store.sample_results(model, task), RESULT | {"metric": (str, None)})
     return {key: found[key] for key in ("metric", "value", "stderr", "n", "answers")}
 
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from deltaray.evaluate.results import evaluation_of
 from deltaray.recipe.study import Study
+from deltaray.shapes import EVALUATION
 from deltaray.store import Store
 
 
@@ -43,7 +44,7 @@ def _choose(study: Study, store: Store, name: str, candidates: list[str]) -> dic
 def _taken_from(store: Store, name: str) -> str | None:
     """The winner of the last time: another grid may have another one."""
     path = Store.evaluation(name)
-    selected: str | None = store.read_json(path).get("selected") if store.exists(path) else None
+    selected: str | None = store.read_json(path, EVALUATION).get("selected") if store.exists(path) else None
     return selected
 
 

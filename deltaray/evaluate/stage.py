@@ -28,6 +28,7 @@ from deltaray.runtime.session import Capacity
 from deltaray.score.files import Unit as ScoreUnit
 from deltaray.score.stage import refuse_unscored, score_units
 from deltaray.search.retrievers import search_identity, searching
+from deltaray.shapes import SUMMARY
 from deltaray.store import Store
 
 CONCLUDED = ".deltaray/evaluated.json"
@@ -178,10 +179,10 @@ def is_concluded(study: Study, store: Store) -> bool:
     """Whether the summary covers every model and claim of the recipe."""
     if study.recipe.evaluation is None or not store.exists("evaluation/summary.json"):
         return False
-    summary = store.read_json("evaluation/summary.json")
+    summary = store.read_json("evaluation/summary.json", SUMMARY)
     covered = {model.base for model in study.evaluated.values()} <= summary["names"].keys()
     evaluation = study.recipe.evaluation
-    if not store.exists(CONCLUDED) or store.read_json(CONCLUDED)["inputs"] != _inputs(store):
+    if not store.exists(CONCLUDED) or store.read_json(CONCLUDED, {"inputs": str})["inputs"] != _inputs(store):
         return False
     return covered and summary["claims"] == evaluation.claims and summary["tasks"] == evaluation.names
 

@@ -4,7 +4,6 @@ Only what is understood whole is read. DoRA, biases, fully trained modules and t
 them out would look right and be wrong.
 """
 
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -16,7 +15,8 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from deltaray.errors import UserError
+from deltaray.errors import UserError, door
+from deltaray.files import read_settings
 from deltaray.limited import OverLimitError, RaisedError, limited
 from deltaray.merge.factors import Factors
 from deltaray.weights.headers import tensors_of_file
@@ -154,16 +154,15 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{folder}: holds no {CONFIG}; give the folder of an adapter that PEFT has saved") from None
-    except NotADirectoryError:
-        raise UserError(f"{folder}: is a file; give the folder of an adapter that PEFT has saved") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        kind = config.get("peft_type") if isinstance(config, dict) else None
-        raise UserError(f"{path}: peft_type is {kind}; only LORA adapters can be merged")
+        config = read_settings(path)
+    except UserError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            raise UserError(f"{folder}: holds no {CONFIG}; give the folder of an adapter that PEFT has saved") from None
+        if isinstance(error.__cause__, NotADirectoryError):
+            raise UserError(f"{folder}: is a file; give the folder of an adapter that PEFT has saved") from None
+        raise
+    if config.get("peft_type") != "LORA":
+        raise UserError(f"{path}: peft_type is {config.get('peft_type')}; only LORA adapters can be merged")
     _refuse_more_than_lora(path, config)
     return config
 
@@ -215,7 +214,8 @@ def _open_weights(folder: Path) -> Any:
             )
         raise UserError(f"{folder}: holds no {WEIGHTS}; give the folder of an adapter that PEFT has saved")
     tensors_of_file(path)  # whole, and nothing in it is empty
-    return safe_open(path, framework="pt")
+    with door(str(path), "is damaged; fetch or save it again"):
+        return safe_open(path, framework="pt")
 
 
 def _modules(path: Path, keys: list[str]) -> tuple[dict[str, Keys], list[str]]:

@@ -1,6 +1,5 @@
 """`--into-base`: a merged adapter added to its base's weights, tensor by tensor, as a model folder."""
 
-import json
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,7 +9,8 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from deltaray.errors import UserError
+from deltaray.errors import UserError, led_by
+from deltaray.files import read_settings
 from deltaray.merge.adapter import WEIGHTS, Adapter
 from deltaray.merge.write import TensorFile
 from deltaray.weights.folder import INDEX, copy_beside, fetch, refuse_pointers
@@ -40,10 +40,8 @@ def open_base(name: str | None, revision: str | None = None) -> Base:
     if not name:
         raise UserError("--into-base: the adapters name no base; give it with --base MODEL")
     folder = _folder(name, revision)
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder}: holds no readable config.json of a model: {error}") from None
+    with led_by(f"{folder}: holds no readable config.json of a model"):
+        config = read_settings(folder / "config.json")
     if config.get("quantization_config"):
         raise UserError(f"{folder / 'config.json'}: quantization_config: give the unquantised model with --base MODEL")
     refuse_pointers(folder, "the base")

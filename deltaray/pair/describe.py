@@ -34,7 +34,7 @@ def delta_path(pairing: str) -> str:
 
 def is_described(study: Study, store: Store, name: str) -> bool:
     path = delta_path(name)
-    return store.exists(path) and store.read_json(path)["inputs"] == _inputs(study, store, name)
+    return store.exists(path) and store.read_json(path, {"inputs": str})["inputs"] == _inputs(study, store, name)
 
 
 def _inputs(study: Study, store: Store, name: str) -> str:

@@ -18,6 +18,7 @@ from deltaray.prompts.rows import prompt_row
 from deltaray.prompts.turns import RowError
 from deltaray.recipe.filters import Contaminated, DuplicatePrompt
 from deltaray.runtime.stream import map_units
+from deltaray.storage.shape import ANY
 from deltaray.store import Store
 
 FOLDER, BENCHMARKS = ".deltaray/prompt-filters", "filters.paths"
@@ -36,7 +37,7 @@ def dropped_prompts(store: Store, item: PromptFilter) -> dict[str, list[str]]:
     """By shard the ids of the prompts that a filter removes; computed once for the same prompts and benchmarks."""
     record = f"{FOLDER}/{item.kind}-{filter_digest(store, item)}.json"
     if store.exists(record):
-        return dict(store.read_json(record))
+        return dict(store.read_json(record, {ANY: [str]}))
     found = _duplicates(store, item.near) if isinstance(item, DuplicatePrompt) else _contaminated(store, item)
     store.write_json(record, found)
     return found
@@ -150,7 +151,7 @@ def contaminated_shard(store: Store, unit: dict[str, Any]) -> dict[str, Any]:
 
 @lru_cache(maxsize=2)
 def _stored_index(out: str, path: str, size: int) -> "Index":
-    return index_of(Store(out).read_json(path), size)
+    return index_of(Store(out).read_json(path, [str]), size)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from deltaray.recipe.models import Student
 from deltaray.recipe.scorers import scorer_name
 from deltaray.recipe.study import Study
 from deltaray.runtime.stream import map_units
+from deltaray.shapes import FUNNEL
 from deltaray.store import PAIRS_PREFIX, Store
 from deltaray.tokenizer import load_tokenizer
 from deltaray.tokens import RULE, complete_tokens, files_by_shard, paired_sides
@@ -112,7 +113,7 @@ def _commit(store: Store, name: str, funnel: Funnel, inputs: str) -> int:
 def _refuse_empty(store: Store, counts: dict[str, int]) -> None:
     empty = [name for name, pairs in counts.items() if not pairs]
     if empty:
-        funnels = [funnel_text(name, store.read_json(Store.funnel(name))) for name in empty]
+        funnels = [funnel_text(name, store.read_json(Store.funnel(name), FUNNEL)) for name in empty]
         raise UserError("\n".join(["no pairs left; relax what removed them:", *funnels]))
 
 

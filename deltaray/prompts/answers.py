@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from deltaray.prompts.rows import is_unicode, not_unicode, replaced
+from deltaray.prompts.rows import not_unicode, replaced
 from deltaray.prompts.turns import (
     CALLS,
     RowError,
@@ -10,10 +10,10 @@ from deltaray.prompts.turns import (
     agrees,
     refuse_written_turns,
     same_beginning,
-    short,
     thoughts_of,
     turns_of,
 )
+from deltaray.words import is_unicode, short
 
 CALLS_TOOLS = "answer calls tools"
 NOT_UNICODE = "answer not Unicode"

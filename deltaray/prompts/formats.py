@@ -1,7 +1,8 @@
 """Rows of JSONL, JSON, Parquet and CSV files and of Hugging Face data sets, one by one, whatever their size."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from deltaray.errors import UserError
+from deltaray.errors import UserError, door, first_line
 from deltaray.prompts.rows import COLUMNS
 from deltaray.prompts.text import BUFFER_BYTES, CODECS, TEXT_READERS, Numbered, read_text, refuse_repeated
+from deltaray.prompts.turns import RowError
 from deltaray.prompts.view import WHOLE, View
+from deltaray.recipe.models import is_there
 
 BATCH_ROWS = 1024
 """Rows of a Parquet file or data set in memory at once."""
@@ -44,6 +47,33 @@ def open_rows(
     Raises:
         UserError: there is no such file, or it is not of its kind; raised when that part is reached.
     """
+    with door(f"{key}: {path}"):
+        return _told(_opened(path, key, columns, view, say), path)
+
+
+def _told(rows: Numbered, path: str) -> Numbered:
+    """The rows; whatever a library raises over one of them names the file."""
+    with door(path, "cannot be read"):
+        yield from rows
+
+
+@contextmanager
+def row_door(path: str, number: int) -> Iterator[None]:
+    """What is wrong with a row becomes one message with its place.
+
+    Raises:
+        UserError: the row is not what it should be, or a library could make nothing of it.
+    """
+    try:
+        with door(place(path, number), "cannot be used"):
+            yield
+    except UserError as error:
+        if isinstance(error.__cause__, RowError):
+            raise UserError(f"{place(path, number)}: {error.__cause__}") from None
+        raise
+
+
+def _opened(path: str, key: str, columns: tuple[str, ...], view: View, say: Say) -> Numbered:
     file, kind = Path(path), kind_of(path)
     if file.is_dir():
         raise UserError(f"{key}: {path} is a folder; name one file")
@@ -57,6 +87,8 @@ def open_rows(
             f"{key}: {path}: unknown kind {''.join(file.suffixes[-2:])!r}; use {', '.join(READERS)}, or one of the "
             f"first three with {codecs} behind it"
         )
+    if not file.is_file():
+        raise UserError(f"{key}: {path} is a pipe or a device, which may never end; name an ordinary file")
     for what, named in (("config", view.config), ("split", view.split)):
         if named not in (None, "train"):
             say(f"{key}: {path} is a file and has no `{what}`: {named!r} is ignored")
@@ -74,7 +106,7 @@ def kind_of(path: str) -> str:
 def is_hub_dataset(path: str) -> bool:
     """`owner/name` that is no file here and does not look like one."""
     file = Path(path)
-    return path.count("/") == 1 and not (file.exists() or file.is_absolute() or kind_of(path) in READERS)
+    return path.count("/") == 1 and not (is_there(path) or file.is_absolute() or kind_of(path) in READERS)
 
 
 def place(path: str, number: int) -> str:
@@ -140,7 +172,7 @@ def _parquet(file: Path, key: str, columns: tuple[str, ...], view: View, say: Sa
             found = _wanted(source.schema_arrow.names, str(file), key, columns, view, say)
             yield from _arrow_rows(source.iter_batches(BATCH_ROWS, columns=found))
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{file}: not a readable Parquet file: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{file}: not a readable Parquet file: {first_line(error)}") from None
 
 
 def _arrow_rows(batches: Iterable[Any]) -> Numbered:

@@ -14,7 +14,7 @@ import pyarrow as pa
 from deltaray.contracts import PROMPTS, RESPONSES, SCORES
 from deltaray.errors import UserError
 from deltaray.prompts.answers import CALLS_TOOLS, NOT_UNICODE, Answer, split_side
-from deltaray.prompts.formats import Say, open_rows, place, silent
+from deltaray.prompts.formats import Say, open_rows, row_door, silent
 from deltaray.prompts.rows import PromptRow, compact, prompt_row
 from deltaray.prompts.seen import Seen
 from deltaray.prompts.shards import prompt_table
@@ -63,10 +63,8 @@ def read_preferences(section: Preferences, say: Say = silent) -> Iterator[Prefer
     better = worse = rows = 0
     view, seen, failed = View.of(section), Seen(section.path), Counter[str]()
     for number, raw in open_rows(section.path, KEY, view.wanted_of(COLUMNS), view, say):
-        try:
+        with row_door(section.path, number):
             row = preference_row(view.row(raw, INSTEAD))
-        except RowError as error:
-            raise UserError(f"{place(section.path, number)}: {error}") from None
         seen.first(row.prompt, number)
         failed.update(_kind(row, answer) for answer in row.answers)
         if None not in row.scores:
@@ -133,7 +131,7 @@ def check_preferences(store: Store, section: Preferences, say: Say = silent) -> 
         UserError: the first mistake in the file, or the store holds the rows of another.
     """
     if store.exists(RECORD):
-        record = store.read_json(RECORD)
+        record = store.read_json(RECORD, {"reading": dict, "prompts": int})
         if record["reading"] == _reading(section):
             return int(record["prompts"])
         if record["reading"].get("reader") != READER:

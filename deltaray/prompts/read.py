@@ -3,10 +3,9 @@
 from collections.abc import Iterator
 
 from deltaray.errors import UserError
-from deltaray.prompts.formats import Say, open_rows, place, silent
+from deltaray.prompts.formats import Say, open_rows, place, row_door, silent
 from deltaray.prompts.rows import PromptRow, prompt_row
 from deltaray.prompts.seen import Seen
-from deltaray.prompts.turns import RowError
 from deltaray.prompts.view import WHOLE, View
 
 
@@ -31,10 +30,8 @@ def read_prompts(
     """
     seen = Seen(path)
     for number, raw in open_rows(path, key, view.wanted, view, say):
-        try:
+        with row_door(path, number):
             row = prompt_row(view.row(raw))
-        except RowError as error:
-            raise UserError(f"{place(path, number)}: {error}") from None
         first = seen.first(row, number)
         if first == number:
             yield row

@@ -14,9 +14,9 @@ from deltaray.prompts.turns import (
     conversation_json,
     plain_turns,
     refuse_written_turns,
-    short,
     with_system,
 )
+from deltaray.words import is_unicode, short
 
 COLUMNS = ("id", "prompt", "messages", "system", "tools", "answer", "source")
 """What is read of a row; other columns are left alone."""
@@ -108,15 +108,6 @@ def _canonical(messages: list[dict[str, str]]) -> str:
 def _texts(row: PromptRow) -> list[str]:
     texts = [turn["content"] for turn in row["messages"]]
     return [row["prompt_id"], *texts, row["answer"] or "", row["source"] or "", row.get("conversation") or ""]
-
-
-def is_unicode(text: str) -> bool:
-    """Whether it holds no lone surrogates."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _mended(row: PromptRow) -> PromptRow:

@@ -67,7 +67,7 @@ def _stored_record(store: Store, source: PromptSource, folder: str) -> dict[str,
     """The record of an earlier reading if it was the same and its shards are there."""
     if not store.exists(_record_path(folder)):
         return None
-    record: dict[str, Any] = store.read_json(_record_path(folder))
+    record: dict[str, Any] = store.read_json(_record_path(folder), {"rows": int})
     if record["rows"] != store.count_rows(folder):
         return None
     now = _reading(source)

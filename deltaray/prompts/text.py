@@ -15,13 +15,12 @@ from typing import Any, BinaryIO, cast
 import pyarrow as pa
 
 from deltaray.errors import UserError
+from deltaray.limits import JSON_FILE_BYTES, ROW_BYTES
 
 Numbered = Iterator[tuple[int, dict[str, Any]]]
 """Rows with their line (formats that have lines) or number, from 1."""
 
 BUFFER_BYTES = 1 << 20
-MOST_CHARACTERS = 1 << 28
-"""In one field of a CSV file: what a quote that is left open may take into memory."""
 CODECS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
 """By the end of the file's name."""
 UTF8_MARK = b"\xef\xbb\xbf"
@@ -84,8 +83,10 @@ _json = json.JSONDecoder(
 
 
 def _jsonl(file: Path, source: BinaryIO) -> Numbered:
-    for number, line in enumerate(source, start=1):
-        if line and not line.isspace():
+    for number, line in enumerate(iter(lambda: source.readline(ROW_BYTES + 1), b""), start=1):
+        if len(line) > ROW_BYTES:
+            raise UserError(f"{file}:{number}: a line of more than {ROW_BYTES:,} bytes; write one object per line")
+        if not line.isspace():
             yield number, _parse(_decode(line), file, number)
 
 
@@ -116,7 +117,10 @@ def _why(error: Exception) -> str:
 
 def _json_list(file: Path, source: BinaryIO) -> Numbered:
     """The objects of one list, one by one: each has its line, and what is wrong with it has one, too."""
-    text = _decode(source.read())
+    content = source.read(JSON_FILE_BYTES + 1)
+    if len(content) > JSON_FILE_BYTES:
+        raise UserError(f"{file}: more than {JSON_FILE_BYTES:,} bytes; use .jsonl, which is read line by line")
+    text = _decode(content)
     at = _next(text, 0)
     if text[at : at + 1] != "[":
         raise UserError(f"{file}: not a list of objects; use .jsonl for one object per line")
@@ -148,7 +152,7 @@ def _next(text: str, at: int) -> int:
 # --- CSV --------------------------------------------------------------------------------------------------------
 def _csv(file: Path, source: BinaryIO) -> Numbered:
     """An empty field is null. A row's line is that of its beginning: a quoted text may go over several."""
-    csv.field_size_limit(MOST_CHARACTERS)
+    csv.field_size_limit(ROW_BYTES)  # what a quote that is left open may take into memory
     text = io.TextIOWrapper(source, encoding="utf-8", errors="surrogateescape", newline="")
     reader = csv.reader(text, strict=True)  # else a quote left open would swallow the rest of the file
     names: list[str] | None = None

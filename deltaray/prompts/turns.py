@@ -10,6 +10,7 @@ import re
 from typing import Any
 
 from deltaray.clean.depth import MOST_DEPTH, is_too_deep
+from deltaray.words import short
 
 Turn = dict[str, Any]
 Tools = list[dict[str, Any]]
@@ -24,8 +25,6 @@ TOOL_FIELDS = (*CALLS, "tool_call_id", "name", *THOUGHTS)
 TEXT_PARTS, THOUGHT_PARTS = ("text", "input_text", "output_text"), ("thinking", "reasoning")
 """Types of the parts of a turn's content that are read."""
 _WRITTEN = re.compile(r"""\s*\[\s*\{\s*["'](role|content)["']\s*:""")
-SHOWN_CHARACTERS = 80
-"""Of a text in a message."""
 
 
 class RowError(ValueError):
@@ -223,8 +222,3 @@ def full_turns(messages: list[Turn], conversation: str | None) -> tuple[list[Tur
         return messages, None
     whole = json.loads(conversation)
     return whole["messages"], whole["tools"]
-
-
-def short(text: str) -> str:
-    """The beginning of a text, for messages."""
-    return text if len(text) <= SHOWN_CHARACTERS else f"{text[: SHOWN_CHARACTERS - 1]}…"

@@ -4,8 +4,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from deltaray.prompts.rows import COLUMNS
-from deltaray.prompts.turns import RowError, short
+from deltaray.prompts.turns import RowError
 from deltaray.recipe.source import PLACE, Source
+from deltaray.words import short
 
 INSTEAD: dict[str, tuple[str, ...]] = {"prompt": ("messages",), "messages": ("prompt",)}
 """What a column that the recipe names takes the place of, besides one of its own name."""

@@ -3,22 +3,32 @@
 import re
 from collections.abc import Iterator, Mapping
 
+from deltaray.limits import NAME_CHARACTERS
 from deltaray.recipe.check_evaluation import check_evaluation
 from deltaray.recipe.check_exploration import check_exploration
 from deltaray.recipe.check_extensions import check_extensions
 from deltaray.recipe.check_merging import check_after, check_merging
 from deltaray.recipe.check_pairing import Problem, check_pairing, unknown
+from deltaray.recipe.check_size import check_size
 from deltaray.recipe.losses import LOSS_FACTS, SETTINGS, readers
 from deltaray.recipe.recipe import Recipe
 from deltaray.recipe.scorers import Given, Judge, RewardModel, Size
 from deltaray.recipe.training import Run
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-FOLDERS = "names become folders: use letters, digits, '.', '_' and '-' only"
+FOLDERS = f"names become folders: use letters, digits, '.', '_' and '-' only, {NAME_CHARACTERS} at most"
+
+
+def is_name(text: str) -> bool:
+    """Whether it can be a folder's everywhere."""
+    return len(text) <= NAME_CHARACTERS and NAME.fullmatch(text) is not None
 
 
 def check_recipe(recipe: Recipe) -> Iterator[Problem]:
     """All contradictions of a recipe, in the order of its sections."""
+    if too_much := list(check_size(recipe)):
+        yield from too_much
+        return
     yield from _check_sections(recipe)
     yield from _check_names(recipe)
     yield from check_extensions(recipe)
@@ -42,13 +52,16 @@ def _check_names(recipe: Recipe) -> Iterator[Problem]:
         "evaluation.harness.tasks": recipe.evaluation.harness_tasks if recipe.evaluation else {},
         "merging.methods": recipe.merging.methods if recipe.merging else {},
     }
-    if recipe.student and not NAME.fullmatch(recipe.student.name):
+    if recipe.student and not is_name(recipe.student.name):
         yield ("student", "name"), FOLDERS
     for section, entries in sections.items():
+        same: dict[str, str] = {}
         for name in entries:
-            if not NAME.fullmatch(name):
-                path = (*section.split("."), name)
-                yield path, FOLDERS
+            at, before = (*section.split("."), name), same.setdefault(name.lower(), name)
+            if not is_name(name):
+                yield at, FOLDERS
+            elif before != name:
+                yield at, f"differs from {before} in case only, and some disks have one folder for both; rename one"
     taken: set[str] = {recipe.student.name} if recipe.student else set()
     for name, run in (recipe.training.runs if recipe.training else {}).items():
         for result in (name, *(f"{name}-step{step}" for step in run.early)):
@@ -80,7 +93,7 @@ def _check_sections(recipe: Recipe) -> Iterator[Problem]:
         yield ("teachers",), "is missing; name at least one teacher"
     for side in ("chosen", "rejected"):
         name = getattr(recipe.preferences, side, "")
-        if recipe.preferences is not None and not NAME.fullmatch(name):
+        if recipe.preferences is not None and not is_name(name):
             yield ("preferences", side), FOLDERS
         if name in recipe.teachers:
             yield ("preferences", side), f"a teacher is called {name!r} already; choose another name"

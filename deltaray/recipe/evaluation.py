@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from deltaray.recipe.models import Sampling, Section
+from deltaray.recipe.models import Place, Sampling, Section, Seed
 from deltaray.recipe.search import Search
 from deltaray.recipe.source import Source
 
@@ -55,7 +55,7 @@ class Harness(Section):
     """Tasks of lm-evaluation-harness, answered by the same vLLM pools; needs `deltaray[harness]`."""
 
     tasks: dict[str, HarnessTask] = {}
-    include: list[str] = []
+    include: list[Place] = []
     """Folders with YAML tasks of your own (the harness's `--include_path`)."""
     limit: int | None = Field(None, ge=1)
     """For every task that has none of its own: a look at whether it works, not a result."""
@@ -64,7 +64,7 @@ class Harness(Section):
     system: str | None = None
     unsafe_code: bool = False
     """Consent to tasks that run what models wrote on the machine, without our sandbox (HumanEval, MBPP)."""
-    seed: int = 1234
+    seed: Seed = 1234
     """Of the few-shot draws and of sampling; the harness's default."""
 
     def resolved(self, name: str, task: HarnessTask) -> HarnessTask:

@@ -8,6 +8,7 @@ not depend on the seed stays single, so it is generated, scored and referenced o
 from pathlib import Path
 from typing import TypeVar
 
+from deltaray.errors import UserError
 from deltaray.evaluate.suites import expand_suites
 from deltaray.recipe.deltas import Pairing
 from deltaray.recipe.extensions import Extensions
@@ -16,6 +17,7 @@ from deltaray.recipe.recipe import Recipe
 from deltaray.recipe.scorers import Judge, RewardModel, Scorer
 from deltaray.recipe.study import AdapterMerge, EvaluatedModel, Study, TrainingRun, explored_names
 from deltaray.recipe.training import Run
+from deltaray.words import exact
 
 M = TypeVar("M", bound=Model)
 
@@ -30,23 +32,30 @@ def expand(recipe: Recipe) -> Study:
     runs: dict[str, TrainingRun] = {}
     evaluated: dict[str, EvaluatedModel] = {}
     merges: dict[str, AdapterMerge] = {}
+    alone = _Alone()
     for seed in recipe.seeds:
         names = _Names(recipe, seed)
         for name, teacher in recipe.teachers.items():
-            teachers[names.teacher(name)] = _dated(recipe, _at_seed(teacher, seed))
+            teachers[alone("teachers", names.teacher(name), name)] = _dated(recipe, _at_seed(teacher, seed))
         if recipe.student:
             students[names.student()] = _dated(recipe, _at_seed(recipe.student, seed))
         for name, pairing in recipe.pairings.items():
-            pairings[names.pairing(name)] = names.renamed(pairing)
+            pairings[alone("pairings", names.pairing(name), name)] = names.renamed(pairing)
         for name, run in (recipe.training.runs if recipe.training else {}).items():
             for item in _grid(run, names.run(name)):
                 settings = item[1].model_copy(update={"seed": run.seed + seed})
                 candidate_of = names.run(name) if item[0] != names.run(name) else None
                 paired = tuple(names.pairing(pairing) for pairing in run.pairings)
                 after = names.run(run.after) if run.after else None
-                runs[item[0]] = TrainingRun(item[0], names.student(), paired, settings, candidate_of, after)
-        merges |= {merge.name: merge for merge in _merges(recipe, names)}
-        evaluated |= {model.name: model for model in _evaluated(recipe, names, seed)}
+                runs[alone("training.runs", item[0], name)] = TrainingRun(
+                    item[0], names.student(), paired, settings, candidate_of, after
+                )
+        merges |= {
+            alone("training.runs", merge.name, f"merging.methods {merge.name}"): merge
+            for merge in _merges(recipe, names)
+        }
+        for model in _evaluated(recipe, names, seed):
+            evaluated[alone("evaluated models", model.name, f"{model.role} {model.base}")] = model
     scorers = {name: _scorer_at(scorer, recipe) for name, scorer in recipe.scorers.items()}
     extensions = recipe.extensions and _written_by(recipe.extensions, recipe)
     ordered = _in_order(runs)
@@ -78,6 +87,24 @@ def _merges(recipe: Recipe, names: "_Names") -> list[AdapterMerge]:
         merge = AdapterMerge(names.run(name), names.student(), deltas, count, settings.method or method, settings)
         found.append(merge)
     return found
+
+
+class _Alone:
+    """Refuses that two things of a recipe become one: a run `a` at seed 1 and another that is called `a-seed1`."""
+
+    def __init__(self) -> None:
+        self.owners: dict[tuple[str, str], str] = {}
+
+    def __call__(self, section: str, name: str, owner: str) -> str:
+        """The name.
+
+        Raises:
+            UserError: it belongs to another owner of the section already, or did but for its case.
+        """
+        other = self.owners.setdefault((section, name.lower()), owner)
+        if other != owner:
+            raise UserError(f"{section}: {owner} and {other} would both be called {name}; rename one of them")
+        return name
 
 
 class _Names:
@@ -162,7 +189,7 @@ def _scorer_at(scorer: Scorer, recipe: Recipe) -> Scorer:
 def _grid(run: Run, name: str) -> list[tuple[str, Run]]:
     if not isinstance(run.learning_rate, list):
         return [(name, run)]
-    return [(f"{name}-lr{rate:g}", run.model_copy(update={"learning_rate": rate})) for rate in run.learning_rate]
+    return [(f"{name}-lr{exact(rate)}", run.model_copy(update={"learning_rate": rate})) for rate in run.learning_rate]
 
 
 def _evaluated(recipe: Recipe, names: _Names, seed: int) -> list[EvaluatedModel]:

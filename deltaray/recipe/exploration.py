@@ -7,7 +7,7 @@ from pydantic import Field, field_validator, model_validator
 
 from deltaray.recipe.deltas import Pairing
 from deltaray.recipe.losses import LossName
-from deltaray.recipe.models import Section
+from deltaray.recipe.models import Section, Seed
 from deltaray.recipe.training import Lora, Run
 
 ABOVE = " > "
@@ -90,7 +90,7 @@ class Exploration(Section):
     or several."""
     samples: int | None = Field(None, ge=1)
     """How many trials `random` and `optuna` make."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the search itself; every trial is trained once for each of the study's `seeds`."""
     objectives: list[str] = []
     """What is to be large: `selection` and `mean` (means of `evaluation.selection` and `evaluation.tasks`), the name of

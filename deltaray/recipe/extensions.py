@@ -2,7 +2,7 @@
 
 from pydantic import Field
 
-from deltaray.recipe.models import Section, Teacher
+from deltaray.recipe.models import Section, Seed, Teacher
 
 MOST_TURNS, MOST_TURNS_REPEATED = 8, 5
 """As in OLMo 3's multi-turn pairs (arXiv 2512.13961)."""
@@ -25,7 +25,7 @@ class Extensions(Section):
     by: Teacher
     """The model that writes: for the vLLM pools, or an endpoint, exactly like a teacher. `system` goes with its
     answers, not with what it writes as the user."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the draws: which prompts, and how many turns."""
     max_tokens: int = Field(2048, ge=8)
     """Of the extended prompt, in the student's tokens; longer conversations are dropped and counted."""

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
-from deltaray.recipe.models import Section
+from deltaray.recipe.models import Place, Section
 
 Side = Literal["chosen", "rejected", "both"]
 
@@ -110,7 +110,7 @@ class Contaminated(_Filter):
     """No prompt that gives a benchmark away: that holds this share of the n-grams of one of its questions."""
 
     kind: Literal["contaminated"]
-    paths: list[str] = Field(min_length=1)
+    paths: list[Place] = Field(min_length=1)
     """Benchmark files, in any form that `prompts.path` may have."""
     ngram: int = Field(8, ge=1)
     """Words."""

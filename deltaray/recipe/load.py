@@ -1,6 +1,8 @@
 """From a YAML file and `--set` overrides to a checked `Recipe`; every refusal names file, line, key and the mend."""
 
+import codecs
 import io
+import json
 import re
 from difflib import get_close_matches
 from pathlib import Path
@@ -9,16 +11,19 @@ from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
-from ruamel.yaml.comments import CommentedMap, CommentedSeq
-from ruamel.yaml.error import MarkedYAMLError
 
 from deltaray.clean import keep_secret, known_secrets, without_secrets
-from deltaray.errors import UserError
+from deltaray.errors import UserError, door
+from deltaray.limits import RECIPE_BYTES, RECIPE_DEPTH
 from deltaray.recipe.check import check_recipe
+from deltaray.recipe.kinds import mixed_up
+from deltaray.recipe.models import is_there
 from deltaray.recipe.recipe import Recipe
 from deltaray.recipe.secrets import OUTSIDE, line_with_secret, named_variables, secrets_in, variables_in
+from deltaray.recipe.shipped import recipe_folder
+from deltaray.recipe.yaml import CORRECT, Document, Path_, YamlError, read_yaml
+from deltaray.words import short
 
-Path_ = tuple[str | int, ...]
 KEY_PATH = re.compile(r"[A-Za-z_][\w.-]{0,200}")
 """What a message of an override shows of it."""
 
@@ -30,33 +35,37 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
         UserError: one line per problem, `file:line: key.path: what is wrong, what to write instead`.
     """
     overrides = overrides or []
-    variables = _variables_named(path, overrides)
+    with door(str(path)):
+        text = _text_of(path)
+    variables = named_variables("\n".join([text, *overrides]))
     try:
-        return _load(path, overrides, variables)
+        return _load(path, text, overrides, variables)
     except UserError as error:  # whatever it quotes
         raise UserError(without_secrets(str(error), known_secrets(variables))) from None
 
 
-def _load(path: Path, overrides: list[str], variables: set[str]) -> Recipe:
-    tree = _read(path)
-    overridden = [_override(tree, item) for item in overrides]
-    plain = _plain(tree)
+def _load(path: Path, text: str, overrides: list[str], variables: set[str]) -> Recipe:
+    document = _document(path, text)
+    plain = document.value
+    overridden = [_override(plain, item) for item in overrides]
+    _find_templates(plain, (path.parent, recipe_folder()))
     variables |= variables_in(plain)
     known = known_secrets(variables)
     found = list(secrets_in(plain, known))  # first: other messages quote what they refuse
-    if not found and (line := line_with_secret(path.read_text(encoding="utf-8"), known)):
+    if not found and (line := line_with_secret(text, known)):
         raise UserError(f"{path}:{line}: {OUTSIDE}")
+    found = found or list(mixed_up(plain, Recipe))
     try:
         recipe = Recipe.model_validate(plain)
     except ValidationError as error:
-        found = found or [(_real_path(tree, issue["loc"]), _explain(issue)) for issue in error.errors()]
+        found = found or [(_real_path(plain, issue["loc"]), _explain(issue)) for issue in error.errors()]
     else:
         found = found or list(check_recipe(recipe))
         if not found:
             keep_secret(variables)
             return recipe
     first_of_each = dict(reversed(found))  # a union reports once per member
-    lines = [_message(path, tree, at, text, overridden) for at, text in first_of_each.items()]
+    lines = [_message(path, document, at, text, overridden) for at, text in first_of_each.items()]
     raise UserError("\n".join(reversed(lines)))
 
 
@@ -70,81 +79,95 @@ def dump_recipe(recipe: Recipe) -> str:
     return buffer.getvalue()
 
 
-def _variables_named(path: Path, overrides: list[str]) -> set[str]:
-    """The variables that a recipe names as keys, whatever else is wrong with it."""
+def _document(path: Path, text: str) -> Document:
     try:
-        text = path.read_text(encoding="utf-8", errors="replace")
-    except (OSError, ValueError):  # which `_read` tells
-        text = ""
-    return named_variables("\n".join([text, *overrides]))
+        document = read_yaml(text)
+    except YamlError as error:
+        raise UserError(f"{path}:{error.line}: {error.text}") from None
+    if not isinstance(document.value, dict):
+        raise UserError(f"{path}:1: a recipe is a mapping of keys (name, out, prompts, teachers, …)")
+    return document
 
 
-def _read(path: Path) -> CommentedMap:
+def _text_of(path: Path) -> str:
+    """What stands in a recipe's file. A device or a pipe is none: it may never end."""
     if not path.is_file():
         raise UserError(f"{path}: there is no such recipe; give the path of a YAML file")
+    with path.open("rb") as file:
+        content = file.read(RECIPE_BYTES + 1)
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise UserError(f"{path}: not UTF-8 text but UTF-16; save it as UTF-8")
+    if len(content) > RECIPE_BYTES:
+        raise UserError(f"{path}: is larger than {RECIPE_BYTES:,} bytes, which no recipe needs; is it another file?")
     try:
-        tree = YAML(typ="rt").load(path.read_text(encoding="utf-8"))
-    except MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        problem = str(error.problem).partition(" with value ")[0]  # of a key that is there twice it quotes both values
-        raise UserError(f"{path}:{line}: not YAML: {problem}; mend the indentation or quoting there") from None
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
-    if not isinstance(tree, CommentedMap):
-        raise UserError(f"{path}:1: a recipe is a mapping of keys (name, out, prompts, teachers, …)")
-    return tree
 
 
-def _override(tree: CommentedMap, item: str) -> Path_:
+def _override(tree: Any, item: str) -> Path_:
     """Applies one `key.path=value`; the value is YAML, so numbers, lists and null work. Messages quote no value."""
     key, equals, text = item.partition("=")
-    shown = f"--set {key}" if KEY_PATH.fullmatch(key.strip()) else "--set"
-    if not equals or not key.strip():
+    shown = f"--set {short(key)}" if KEY_PATH.fullmatch(key.strip()) else "--set"
+    path = key.strip().split(".")
+    if not equals or not all(path) or len(path) > RECIPE_DEPTH:
         raise UserError(f"{shown}: write key.path=value, for example --set training.workers=2")
     try:
-        value = YAML(typ="safe").load(text) if text.strip() else None
-    except MarkedYAMLError:
-        raise UserError(f"{shown}: the value is not YAML; put quotes around it") from None
-    path = tuple(int(part) if part.isdigit() else part for part in key.strip().split("."))
-    node: Any = tree
-    for depth, part in enumerate(path[:-1]):
-        node = _descend(node, part, shown, ".".join(map(str, path[: depth + 1])))
-    _assign(node, path[-1], value, shown)
-    return path
+        value = read_yaml(text).value if text.strip() else None
+        read_yaml(json.dumps(key))
+    except YamlError as error:
+        what = error.text.removesuffix(CORRECT) + "put quotes around it" if CORRECT in error.text else error.text
+        raise UserError(f"{shown}: {what}") from None
+    node, at = tree, list[str | int]()
+    for part in path[:-1]:
+        so_far = ".".join(map(str, [*at, part]))
+        at.append(_place(node, part))
+        node = _descend(node, at[-1], shown, so_far)
+    at.append(_place(node, path[-1]))
+    _assign(node, at[-1], value, shown)
+    return tuple(at)
+
+
+def _find_templates(node: Any, folders: tuple[Path, ...]) -> None:
+    """Templates that are not where deltaray was started are looked for in these folders: beside the recipe, and among
+    those that come with deltaray."""
+    if isinstance(node, dict):
+        name = node.get("chat_template")
+        if isinstance(name, str) and name and not is_there(name):
+            found = [str(folder / name) for folder in folders if is_there(str(folder / name))]
+            node["chat_template"] = _from_here(found[0]) if found else name
+    for inside in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
+        _find_templates(inside, folders)
+
+
+def _from_here(path: str) -> str:
+    """A path relative to this folder where it lies below it, so that it can travel with a job."""
+    whole = Path(path).absolute()
+    return str(whole.relative_to(Path.cwd())) if whole.is_relative_to(Path.cwd()) else str(whole)
+
+
+def _place(node: Any, part: str) -> str | int:
+    """A part of a key path as it leads on from here: of a list a number."""
+    return int(part) if isinstance(node, list) and part.isascii() and part.isdigit() and len(part) < 6 else part
 
 
 def _descend(node: Any, part: str | int, where: str, so_far: str) -> Any:
-    if isinstance(node, CommentedSeq) and isinstance(part, int) and part < len(node):
+    if isinstance(node, list) and isinstance(part, int) and part < len(node):
         return node[part]
     if isinstance(node, dict):
-        child = node.get(part, node.get(str(part)))
-        if child is None:
-            child = node[str(part)] = CommentedMap()
-        return child
+        if node.get(str(part)) is None:
+            node[str(part)] = {}
+        return node[str(part)]
     raise UserError(f"{where}: {so_far} is not a section that holds keys")
 
 
 def _assign(node: Any, part: str | int, value: Any, where: str) -> None:
-    if isinstance(node, CommentedSeq) and isinstance(part, int) and part < len(node):
+    if isinstance(node, list) and isinstance(part, int) and part < len(node):
         node[part] = value
     elif isinstance(node, dict):
         node[str(part)] = value
     else:
         raise UserError(f"{where}: the key cannot be set there: the one before it is not a section that holds keys")
-
-
-def _plain(node: Any) -> Any:
-    """Strips ruamel's types, so that pydantic's messages speak of plain ones."""
-    if isinstance(node, dict):
-        return {str(key): _plain(value) for key, value in node.items()}
-    if isinstance(node, list):
-        return [_plain(value) for value in node]
-    if isinstance(node, bool) or node is None:
-        return node
-    for kind in (int, float, str):
-        if isinstance(node, kind):
-            return kind(node)
-    return node
 
 
 def _real_path(tree: Any, loc: Path_) -> Path_:
@@ -172,17 +195,22 @@ def _explain(issue: Any) -> str:
     if kind == "missing":
         return "is missing; add it"
     if kind == "literal_error":
-        return f"{issue['input']!r} is not allowed; write {context['expected']}"
+        return f"{_shown(issue)} is not allowed; write {context['expected']}"
     if kind == "union_tag_not_found":
         return "`kind` is missing; add it"
     if kind == "union_tag_invalid":
-        return f"kind {context['tag']!r} is not allowed; write one of: {context['expected_tags']}"
+        return f"kind {short(repr(context['tag']))} is not allowed; write one of: {context['expected_tags']}"
     if kind == "value_error":
-        return f"{issue['input']!r} is not allowed; write {context['error']}"
+        return f"{_shown(issue)} is not allowed; write {context['error']}"
     if kind == "string_pattern_mismatch":
-        return f"{issue['input']!r}: use letters, digits, '.', '_' and '-' only"
+        return f"{_shown(issue)}: use letters, digits, '.', '_' and '-' only"
     message = (issue["msg"][0].lower() + issue["msg"][1:]).partition(", unable to parse")[0]
-    return f"{issue['input']!r}: {message.replace('input should be', 'write').replace('valid ', '')}"
+    message = message.replace("valid integer", "whole number")
+    return f"{_shown(issue)}: {message.replace('input should be', 'write').replace('valid ', '')}"
+
+
+def _shown(issue: Any) -> str:
+    return short(repr(issue["input"]))
 
 
 def _unknown_key(loc: Path_) -> str:
@@ -211,20 +239,9 @@ def _child(kind: Any, part: str | int) -> Any:
     return members[-1] if members else None
 
 
-def _message(path: Path, tree: CommentedMap, at: Path_, text: str, overridden: list[Path_]) -> str:
-    key = ".".join(map(str, at)) or "(the recipe)"
-    if any(at[: len(item)] == item or tuple(map(str, at)) == tuple(map(str, item)) for item in overridden):
+def _message(path: Path, document: Document, at: Path_, text: str, overridden: list[Path_]) -> str:
+    key = short(".".join(map(str, at))) or "(the recipe)"
+    made = at not in document.lines  # an override made the section, too
+    if any(at[: len(item)] == item or (made and item[: len(at)] == at) for item in overridden):
         return f"--set {key}: {text}"
-    return f"{path}:{_line(tree, at)}: {key}: {text}"
-
-
-def _line(tree: Any, at: Path_) -> int:
-    """The line of the deepest key of the path that stands in the file."""
-    line, node = 1, tree
-    for part in at:
-        try:
-            where = node.lc.value(part) if isinstance(node, CommentedSeq) else node.lc.key(part)
-            line, node = where[0] + 1, node[part]
-        except (KeyError, IndexError, TypeError, AttributeError):
-            break
-    return line
+    return f"{path}:{document.line(at)}: {key}: {text}"

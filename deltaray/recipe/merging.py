@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from deltaray.recipe.models import Section
+from deltaray.recipe.models import Section, Seed
 
 
 class MergeMethod(Section):
@@ -18,7 +18,7 @@ class MergeMethod(Section):
     """Multiply the merged update."""
     density: float | None = Field(None, gt=0, le=1)
     """Share of numbers that TIES and DARE keep."""
-    seed: int | None = None
+    seed: Seed | None = None
     """Of DARE's masks."""
     inner: Literal["mean", "ties", "dare"] | None = None
     """The rule of KnOTS and Core Space in their space."""

@@ -9,7 +9,9 @@ from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+
+from deltaray.limits import PART_BYTES, PATH_BYTES
 
 
 def _day(value: Any) -> Any:
@@ -22,11 +24,37 @@ def _day(value: Any) -> Any:
     return value.isoformat() if type(value) is date else value
 
 
+def is_there(path: str) -> bool:
+    """Whether a file or folder is there; one that cannot be looked at is not."""
+    try:
+        return Path(path).exists()
+    except (OSError, ValueError):
+        return False
+
+
+def _place(value: str) -> str:
+    """A path that a file system can have. `{seed}` becomes a number later on."""
+    if not value.strip():
+        raise ValueError("the path of a file or folder, or an id; it is empty")
+    sizes = [len(part.encode()) for part in value.split("/")]
+    if max(sizes) > PART_BYTES or sum(sizes) + len(sizes) > PATH_BYTES:
+        raise ValueError(f"a shorter path: {PATH_BYTES:,} bytes at most, and {PART_BYTES} for each name in it")
+    try:
+        Path(value).expanduser()
+    except RuntimeError:
+        raise ValueError("a path without `~`: there is no such user here") from None
+    return value
+
+
 Day = Annotated[str, BeforeValidator(_day)]
+Place = Annotated[str, AfterValidator(_place)]
+"""A folder or file, an id of the Hub, or an address."""
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
+"""Of random numbers; every library takes these."""
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Sampling(Section):
@@ -69,11 +97,11 @@ class Engine(Section):
 
 
 class Model(Section):
-    model: str
+    model: Place
     """A folder or a Hugging Face id; `{seed}` is replaced by the study's seed (then one model per seed)."""
     revision: str | None = None
     trust_remote_code: bool = False
-    chat_template: str | None = None
+    chat_template: Place | None = None
     """A Jinja file that replaces the tokenizer's own chat template, or the name of one of its own where it has
     several (`default`, `tool_use`, `rag`)."""
     chat_template_arguments: dict[str, Any] = {}
@@ -84,7 +112,7 @@ class Model(Section):
     @property
     def is_local(self) -> bool:
         """A folder rather than a hub id, which is `name` or `owner/name`."""
-        return Path(self.model).exists() or self.model.startswith(("/", ".", "~")) or self.model.count("/") > 1
+        return is_there(self.model) or self.model.startswith(("/", ".", "~")) or self.model.count("/") > 1
 
 
 class Endpoint(Section):
@@ -110,7 +138,7 @@ class Teacher(Model):
     engine: Engine = Engine()
     system: str | None = None
     """A system prompt for prompts that bring none."""
-    adapter: str | None = None
+    adapter: Place | None = None
     """A folder with a PEFT LoRA adapter of `model`; vLLM serves it on top."""
     reasoning: str | None = None
     """For thinking models: vLLM's reasoning parser (`qwen3`, `deepseek_r1`, …) that tells the reasoning from the

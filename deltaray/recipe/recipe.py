@@ -9,7 +9,7 @@ from deltaray.recipe.evaluation import Evaluation
 from deltaray.recipe.exploration import Exploration
 from deltaray.recipe.extensions import Extensions
 from deltaray.recipe.merging import Merging
-from deltaray.recipe.models import Day, Section, Student, Teacher
+from deltaray.recipe.models import Day, Place, Section, Seed, Student, Teacher
 from deltaray.recipe.scorers import Scorer
 from deltaray.recipe.source import COLUMNS, Source
 from deltaray.recipe.training import Training
@@ -41,7 +41,7 @@ class Preferences(Source):
 class Miniature(Section):
     """Makes a family of models, its prompts and its evaluation before anything else (once; then cached)."""
 
-    directory: str = "runs/miniature-family"
+    directory: Place = "runs/miniature-family"
     family: Literal["ladder", "specialists", "landscape", "qwen3", "earlier", "sections", "strings", "smollm2"] = (
         "ladder"
     )
@@ -74,8 +74,8 @@ class Cluster(Section):
 
 class Recipe(Section):
     name: str = Name
-    out: str
-    seeds: list[int] = Field([0], min_length=1)
+    out: Place
+    seeds: list[Seed] = Field([0], min_length=1)
     date: Day | None = None
     """The day that chat templates take for today (YYYY-MM-DD); default: the day of the first command, kept in `out`."""
     shard_size: int = Field(32768, ge=1)

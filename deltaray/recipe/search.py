@@ -4,11 +4,11 @@ from typing import Self
 
 from pydantic import Field, field_validator, model_validator
 
-from deltaray.recipe.models import Section
+from deltaray.recipe.models import Place, Section
 
 
 class Corpus(Section):
-    path: str
+    path: Place
     """JSONL, JSON, Parquet, CSV or a hub dataset id, a passage per row; BM25 looks through it."""
     config: str | None = None
     """Which configuration of a hub data set that has several."""

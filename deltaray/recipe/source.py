@@ -4,7 +4,7 @@ from typing import ClassVar
 
 from pydantic import Field, field_validator
 
-from deltaray.recipe.models import Section
+from deltaray.recipe.models import Place, Section
 
 COLUMNS = ("id", "prompt", "messages", "system", "answer", "source", "tools")
 PLACE = "{prompt}"
@@ -14,7 +14,7 @@ class Source(Section):
     names: ClassVar[tuple[str, ...]] = COLUMNS
     """What `columns` may say where to find."""
 
-    path: str
+    path: Place
     """JSONL, JSON, Parquet, CSV (text also as .gz, .zst, .bz2) or a hub dataset id, with `prompt` (text) or `messages`,
     optionally `system` (text that becomes the first turn), `id`, `answer`, `source`, `tools`."""
     config: str | None = None

@@ -5,7 +5,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from deltaray.recipe.losses import LOSS_FACTS, SETTINGS, LossName
-from deltaray.recipe.models import Section
+from deltaray.recipe.models import Place, Section, Seed
 from deltaray.recipe.watch import Watch
 
 
@@ -65,7 +65,7 @@ class Run(Section):
     weight_decay: float = Field(0.0, ge=0)
     adam_betas: tuple[float, float] = (0.9, 0.95)
     max_grad_norm: float = Field(1.0, gt=0)
-    seed: int = 0
+    seed: Seed = 0
     """Seeds the order of the pairs (the study's seed is added)."""
 
     @property
@@ -133,7 +133,7 @@ class Training(Section):
     """Compute activations again in the backward pass: less memory, a third more work."""
     offload: Literal["none", "optimizer", "all"] = "none"
     """What waits in the machine's memory instead of the GPU's: the optimizer's state; with ZeRO 3 also weights."""
-    offload_folder: str | None = None
+    offload_folder: Place | None = None
     """A folder on a fast local disk (NVMe) of every worker's machine where the optimizer's state waits instead (ZeRO 3;
     arXiv 2104.07857); one per study. DeepSpeed compiles its disk access at first use: that needs libaio and a C++
     compiler."""

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import html
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from deltaray.clean import known_secrets
+from deltaray.errors import UserError
 from deltaray.storage.files import Files
 from deltaray.store import Store
 
@@ -59,7 +61,9 @@ def without_keys(page: str) -> str:
 def is_reported(store: Store) -> bool:
     """Whether the page is there and tells of the files that are there now."""
     there = store.exists("report.html") and store.exists(REPORTED)
-    return there and store.read_json(REPORTED)["state"] == state_of(store)
+    with suppress(UserError):  # a damaged record: the page is written again
+        return there and store.read_json(REPORTED, {"state": str})["state"] == state_of(store)
+    return False
 
 
 def render(study: Study) -> str:

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+from deltaray.errors import PASSING, first_line
+
 from .model import number
 
 Value = TypeVar("Value")
@@ -25,8 +27,10 @@ def attempt(path: Path, read: Callable[[Path], Value], missing: Value, notes: li
         return missing
     try:
         return read(path)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        notes.append(f"{path.parent.name}/{path.name} could not be read: {error or type(error).__name__}")
+    except PASSING:
+        raise
+    except BaseException as error:
+        notes.append(f"{path.parent.name}/{path.name} could not be read: {first_line(error)}")
         return missing
 
 

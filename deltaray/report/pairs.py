@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from .files import attempt
 from .model import FunnelStep, Pairing, Tokens
 
 Row = dict[str, Any]
@@ -47,9 +49,10 @@ class Sample:
 def read_pairing(folder: Path, funnel: tuple[FunnelStep, ...], sample: Sample, notes: list[str]) -> Pairing:
     """Counts and lengths of all rows, texts of a sample; damage is noted, never raised."""
     name = folder.name.removeprefix("pairing=")
-    files = [path for path in sorted(folder.glob("*.parquet")) if _readable(path, notes)]
-    rows = sum(pq.ParquetFile(path).metadata.num_rows for path in files)
-    short = _short_columns(files)
+    tables = {path: attempt(path, _short, None, notes) for path in sorted(folder.glob("*.parquet"))}
+    files = {path: len(table) for path, table in tables.items() if table is not None}
+    rows = sum(files.values())
+    short = _joined([tables[path] for path in files])
     chosen_scores, rejected_scores = _floats(short, "chosen_score"), _floats(short, "rejected_score")
     binary = _binary(np.concatenate([chosen_scores, rejected_scores]))
     wanted = random.Random(f"{sample.seed}-{name}").sample(range(rows), min(sample.limit, rows))
@@ -63,29 +66,28 @@ def read_pairing(folder: Path, funnel: tuple[FunnelStep, ...], sample: Sample, n
         chosen_right=_share_right(chosen_scores) if binary else None,
         rejected_right=_share_right(rejected_scores) if binary else None,
         teachers=_teachers(short),
-        pairs=_within_budget(_pick(files, wanted), wanted, sample.characters),
+        pairs=_within_budget(_pick(files, wanted, notes), wanted, sample.characters),
     )
 
 
-def _readable(path: Path, notes: list[str]) -> bool:
-    """Whether a shard opens; one that does not is left out with a note."""
-    try:
-        pq.ParquetFile(path).close()
-    except (OSError, pa.ArrowException) as error:
-        notes.append(f"{path.parent.name}/{path.name} was left out: {str(error).splitlines()[0]}")
-        return False
-    return True
+def opened(path: Path) -> pq.ParquetFile:
+    """A Parquet file whose pages are checked where they bear checksums, as all of ours do."""
+    return pq.ParquetFile(path, page_checksum_verification=True)
 
 
-def _short_columns(files: list[Path]) -> dict[str, pa.ChunkedArray]:
-    """The columns without long texts, joined over the shards; absent ones are absent."""
-    wanted = [f"{side}_{what}" for side in ("chosen", "rejected") for what in ("score", "tokens", "model")]
+def _short(path: Path) -> pa.Table:
+    """A file's columns without long texts; absent ones are absent."""
+    with opened(path) as file:
+        wanted = [f"{side}_{what}" for side in ("chosen", "rejected") for what in ("score", "tokens", "model")]
+        return file.read(columns=[name for name in wanted if name in file.schema_arrow.names])
+
+
+def _joined(tables: list[pa.Table]) -> dict[str, pa.ChunkedArray]:
+    """Their columns, joined over the files."""
     found: dict[str, list[pa.Array]] = {}
-    for path in files:
-        file = pq.ParquetFile(path)
-        present = [name for name in wanted if name in file.schema_arrow.names]
-        for name, column in zip(present, file.read(columns=present).columns, strict=True):
-            found.setdefault(name, []).extend(column.chunks)
+    for table in tables:
+        for name in table.column_names:
+            found.setdefault(name, []).extend(table[name].chunks)
     return {name: pa.chunked_array(chunks) for name, chunks in found.items() if chunks}
 
 
@@ -123,20 +125,33 @@ def _teachers(columns: dict[str, pa.ChunkedArray]) -> tuple[str, ...]:
     return tuple(sorted(names))
 
 
-def _pick(files: list[Path], wanted: list[int]) -> dict[int, Row]:
-    """The rows at the global positions `wanted`, by position, read batch by batch."""
+def _pick(files: dict[Path, int], wanted: list[int], notes: list[str]) -> dict[int, Row]:
+    """The rows at the global positions `wanted`, by position; those of a file that cannot be read are left out.
+
+    Args:
+        files: with their rows.
+    """
     positions = np.sort(np.array(wanted, np.int64))
     picked: dict[int, Row] = {}
     first = 0
-    for path in files:
-        file = pq.ParquetFile(path)
-        present = [name for name in FIELDS if name in file.schema_arrow.names]
+    for path, rows in files.items():
+        inside = positions[(positions >= first) & (positions < first + rows)] - first
+        found = attempt(path, partial(_rows_of, inside), list[Row](), notes)
+        picked.update(zip((inside + first).tolist(), found, strict=False))
+        first += rows
+    return picked
+
+
+def _rows_of(positions: npt.NDArray[np.int64], path: Path) -> list[Row]:
+    """Some rows of a file, read batch by batch."""
+    found: list[Row] = []
+    with opened(path) as file:
+        first, present = 0, [name for name in FIELDS if name in file.schema_arrow.names]
         for batch in file.iter_batches(batch_size=BATCH, columns=present):
             inside = positions[(positions >= first) & (positions < first + batch.num_rows)]
-            rows = batch.take(pa.array(inside - first)).to_pylist() if inside.size else []
-            picked.update(zip(inside.tolist(), map(clip, rows), strict=True))
+            found += map(clip, batch.take(pa.array(inside - first)).to_pylist() if inside.size else [])
             first += batch.num_rows
-    return picked
+    return found
 
 
 def clip(row: Row) -> Row:
@@ -160,7 +175,7 @@ def _within_budget(picked: dict[int, Row], wanted: list[int], budget: int) -> tu
     At least one row stays, so that a pairing never looks empty by mistake.
     """
     kept: list[int] = []
-    for position in wanted:
+    for position in filter(picked.__contains__, wanted):
         sides = (picked[position][side] for side in ("prompt", "chosen", "rejected"))
         budget -= ROW + sum(len(message["content"]) for messages in sides for message in messages)
         if budget < 0 and kept:

@@ -8,8 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
+from deltaray.recipe.yaml import YamlError, read_yaml
 
 from .deltas import read_delta
 from .evaluations import read_evaluations
@@ -52,8 +51,8 @@ def _pairing(out: Path, folder: Path, sample: Sample, notes: list[str]) -> Pairi
 def _study_name(recipe: str | None) -> str | None:
     """The recipe's `name`, when it has one."""
     try:
-        parsed = YAML(typ="safe").load(recipe or "")
-    except YAMLError:
+        parsed = read_yaml(recipe or "").value
+    except YamlError:
         return None
     name = parsed.get("name") if isinstance(parsed, dict) else None
     return str(name) if name else None

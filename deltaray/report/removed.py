@@ -6,11 +6,10 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from .pairs import BATCH, Row, clip
+from .files import attempt
+from .pairs import BATCH, Row, clip, opened
 
 SHOWN = 40
 """Of each reason, at most."""
@@ -33,17 +32,14 @@ def read_removed(folder: Path, characters: int, notes: list[str]) -> Removed:
     files = sorted(folder.glob("*.parquet"))
     reasons, found = Counter[str](), dict[str, list[Row]]()
     for path in files:
-        try:
-            _read(path, max(1, SHOWN // len(files)), reasons, found)
-        except (OSError, pa.ArrowException) as error:
-            notes.append(f"{path.parent.name}/{path.name} was left out: {str(error).splitlines()[0]}")
+        attempt(path, lambda path: _read(path, max(1, SHOWN // len(files)), reasons, found), None, notes)
     kept = [row for rows in found.values() for row in _within(rows, characters // max(len(found), 1))]
     return Removed(dict(reasons), tuple(kept))
 
 
 def _read(path: Path, most: int, reasons: Counter[str], found: dict[str, list[Row]]) -> None:
     """Adds a file's rows to `reasons`, and of each reason up to `most` with texts to `found`."""
-    with pq.ParquetFile(path) as file:
+    with opened(path) as file:
         here = Counter[str]()
         for batch in file.iter_batches(BATCH):
             for count in pc.value_counts(batch["reason"]).to_pylist():

@@ -5,17 +5,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from deltaray.errors import UserError, first_line
+from deltaray.errors import UserError, door, first_line, led_by
+from deltaray.files import read_settings
+from deltaray.limits import TOKENIZER_BYTES
 from deltaray.recipe.models import Engine, Model, Student, Teacher
 from deltaray.recipe.scorers import RewardModel
 from deltaray.runtime.failures import cause_of
 from deltaray.tokenizer.check import check_tokenizer
-from deltaray.weights.folder import cached_folder, refuse_pointers
+from deltaray.tokenizer.load import TOKENIZER
+from deltaray.weights.folder import cached_folder, refuse_endless, refuse_pointers
 from deltaray.weights.headers import Held, tensors_of_model
 
 HUB_TIMEOUT = 20.0
 """Seconds."""
 SAFE_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+SETTINGS = ("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
+"""Files that must be what they seem, or another reader takes something else for granted."""
 OVERRIDES = {"hf_overrides", "hf_config_path", "config_format", "load_format", "quantization", "model_impl"}
 """Engine arguments that make another model of the same files."""
 NAMING_NO_TEXT = ("image", "audio", "video", "vision", "boi", "eoi", "boa", "eoa", "pad", "soft")
@@ -37,7 +42,13 @@ def check_model(model: Model, key: str, saved: Literal["model", "adapter"] | Non
     if isinstance(model, Teacher) and model.endpoint is not None:
         from deltaray.generate.endpoint import check_endpoint
 
-        return check_endpoint(model.endpoint, f"{key}.endpoint")
+        with door(f"{key}.endpoint", "cannot be used"):
+            return check_endpoint(model.endpoint, f"{key}.endpoint")
+    with door(f"{key}.model: {model.model}", "cannot be used"):
+        _check_files(model, key, saved)
+
+
+def _check_files(model: Model, key: str, saved: Literal["model", "adapter"] | None) -> None:
     if model.is_local:
         _check_folder(model, key)
     else:
@@ -82,6 +93,12 @@ def _check_folder(model: Model, key: str) -> None:
             "the model as safetensors"
         )
     refuse_pointers(folder, f"{key}.model")
+    with led_by(f"{key}.model"):
+        for name in SETTINGS:
+            if (folder / name).exists():
+                refuse_endless(folder / name, read_settings(folder / name))
+        if (folder / TOKENIZER).exists():
+            read_settings(folder / TOKENIZER, TOKENIZER_BYTES)
 
 
 def _own_format(model: Model) -> bool:
@@ -137,10 +154,8 @@ def _tensors(model: Model, key: str) -> dict[str, Held]:
     folder = cached_folder(model.model, model.revision)
     if folder is None or _own_format(model):
         return {}
-    try:
+    with led_by(f"{key}.model"):
         return tensors_of_model(folder, any_names=isinstance(model, Teacher))
-    except UserError as error:
-        raise UserError(f"{key}.model: {error}") from None
 
 
 def _skeleton(model: Model, key: str, config: Any, held: Mapping[str, Held]) -> Any:

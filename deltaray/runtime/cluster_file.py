@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 
-from deltaray.errors import UserError
+from deltaray.errors import UserError, door, led_by
+from deltaray.files import read_small
+from deltaray.limits import RECIPE_BYTES, RECIPE_DEPTH
+from deltaray.recipe.models import is_there
 from deltaray.runtime.demands import NodeGroup
 
 KINDS = "a KubeRay RayCluster or RayJob, or a file for `ray up`"
@@ -30,20 +32,20 @@ def read_cluster_file(path: Path) -> list[NodeGroup]:
     Raises:
         UserError: names the file, the key and the mend.
     """
-    if not path.is_file():
+    if not is_there(str(path)):
         raise UserError(f"--cluster {path}: there is no such file; give {KINDS}")
-    try:
-        found = [tree for document in YAML(typ="safe").load_all(path) for tree in _resources(document)]
-    except (YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--cluster {path}: not YAML: {str(error).splitlines()[0]}") from None
+    with led_by("--cluster"):
+        content = read_small(path, RECIPE_BYTES)
+    with door(f"--cluster {path}", "not YAML"):
+        yaml = YAML(typ="safe", pure=True)
+        yaml.max_depth = 2 * RECIPE_DEPTH
+        found = [tree for document in yaml.load_all(content.decode()) for tree in _resources(document)]
     clusters = [tree for tree in found if tree.get("kind") in SPECS or "available_node_types" in tree]
     if len(clusters) != 1:
         raise UserError(f"--cluster {path}: {_what(found, clusters)}; give {KINDS}")
-    try:
+    with door(f"--cluster {path}", "not as Ray's autoscaler reads it"):
         types = _types(path, clusters[0])
         return [_group(path, name, node) for name, node in types.items()]
-    except (KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
-        raise UserError(f"--cluster {path}: not as Ray's autoscaler reads it: {error!r}; mend the file") from None
 
 
 def _resources(document: Any) -> Iterator[dict[str, Any]]:

@@ -52,7 +52,7 @@ def is_compared(study: Study, store: Store) -> bool:
 
 
 def read_agreement(store: Store) -> dict[str, Any]:
-    return dict(store.read_json(AGREEMENT))
+    return dict(store.read_json(AGREEMENT, {"inputs": str, "scorers": [dict], "agreement": [dict]}))
 
 
 def _inputs(study: Study, store: Store) -> str:

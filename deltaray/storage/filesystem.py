@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 import pyarrow as pa
 from pyarrow import fs
 
-from deltaray.errors import StageError, UserError
+from deltaray.errors import StageError, UserError, door
 
 REQUESTS = 16
 """Requests to an object store at a time, where there are many small ones."""
@@ -41,7 +41,8 @@ def connect(out: str) -> tuple[fs.FileSystem, str]:
     """
     if "://" not in out:
         return fs.LocalFileSystem(), out
-    parts = urlsplit(out)
+    with door(f"out: {out}", "is no address of an object store"):
+        parts = urlsplit(out)
     if "@" in parts.netloc:
         host = parts.netloc.rpartition("@")[2]
         raise UserError(
@@ -50,7 +51,7 @@ def connect(out: str) -> tuple[fs.FileSystem, str]:
         )
     try:
         base, path = fs.FileSystem.from_uri(out)
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise UserError(f"out: {out} is no folder and no address of an object store: {error}") from None
     if not path.strip("/"):
         raise UserError(f"out: {out} names no folder to write to, such as s3://bucket/study")

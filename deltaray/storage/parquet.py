@@ -12,6 +12,7 @@ from pyarrow import fs
 from deltaray.errors import UserError
 
 MEND = "remove it (the same command makes again what is missing) or use another `out`"
+CHECKED = {"write_page_checksum": True}
 CONTENT, SOURCE = b"deltaray.content", b"deltaray.made_from"
 """Keys in the footer: a digest of the file's own data, and that of what it was worked out from."""
 
@@ -43,7 +44,7 @@ def parquet_writer(sink: pa.NativeFile, schema: pa.Schema, made_from: str | None
         made_from: kept in the footer, for `Reader.source`.
     """
     digesting = _Digesting(sink)
-    with pq.ParquetWriter(pa.PythonFile(digesting, mode="w"), schema, compression="zstd") as writer:
+    with pq.ParquetWriter(pa.PythonFile(digesting, mode="w"), schema, compression="zstd", **CHECKED) as writer:
         yield writer
         told = {CONTENT: digesting.digest.hexdigest().encode()}  # all pages are written by now; only the footer is not
         writer.add_key_value_metadata(told | ({SOURCE: made_from.encode()} if made_from is not None else {}))
@@ -67,7 +68,10 @@ def open_parquet(
     """
     with filesystem.open_input_file(path) as source:
         try:
-            file = pq.ParquetFile(source)
+            file = pq.ParquetFile(source, page_checksum_verification=True)
+            groups = [file.metadata.row_group(number).num_rows for number in range(file.metadata.num_row_groups)]
+            if sum(groups) != file.metadata.num_rows or min(groups, default=0) < 0:
+                raise ValueError(f"{file.metadata.num_rows:,} rows, but its groups have {sum(groups):,}")
             refuse_foreign(file.schema_arrow, schema, address)
             yield file
         except ValueError as error:  # pyarrow's ArrowInvalid is one

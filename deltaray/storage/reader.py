@@ -11,20 +11,25 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from deltaray.errors import UserError
+from deltaray.errors import UserError, door
 from deltaray.storage.filesystem import OBJECT_STORES, connect, patient, together
-from deltaray.storage.parquet import CONTENT, SOURCE, open_parquet
+from deltaray.storage.parquet import CONTENT, MEND, SOURCE, open_parquet
+from deltaray.storage.shape import Shape, misfit
+from deltaray.words import is_unicode
 
 
 class Reader:
     """A local folder or a place in an object store (`s3://…`, `gs://…`). Cheap to pickle."""
 
     def __init__(self, out: str) -> None:
-        self.out = out if "://" in out else str(Path(out).expanduser().absolute())
-        base, path = connect(self.out)
-        self.local = Path(path) if isinstance(base, fs.LocalFileSystem) else None
-        if self.local and self.local.exists() and not self.local.is_dir():
-            raise UserError(f"out: {out} is a file; name a folder")
+        if "\0" in out or not is_unicode(out):  # Arrow would end the process over such a path
+            raise UserError(f"out: {out!r}: a study's folder has a name in Unicode, without NUL; name another one")
+        with door(f"out: {out}", "is no folder"):
+            self.out = out if "://" in out else str(Path(out).expanduser().absolute())
+            base, path = connect(self.out)
+            self.local = Path(path) if isinstance(base, fs.LocalFileSystem) else None
+            if self.local and self.local.exists() and not self.local.is_dir():
+                raise UserError(f"out: {out} is a file; name a folder")
         self.filesystem = fs.SubTreeFileSystem(path, patient(base))
         self.has_folders = base.type_name not in OBJECT_STORES
 
@@ -83,7 +88,17 @@ class Reader:
             if item.type == fs.FileType.File and item.path.endswith(suffix) and "/." not in f"/{item.path[start:]}"
         }
 
+    def _refuse_endless(self, path: str) -> None:
+        """UserError for what is there and is no file: reading a pipe or a device may never end."""
+        if self.local is None:
+            return
+        with door(self.address(path)):
+            there = self.local / path
+            if there.exists() and not there.is_file():
+                raise UserError(f"{self.address(path)}: is no file (a folder, a pipe or a device); {MEND}")
+
     def _open(self, path: str, schema: pa.Schema | None = None) -> Any:
+        self._refuse_endless(path)
         return open_parquet(self.filesystem, path, self.address(path), schema)
 
     def read_table(self, path: str, columns: list[str] | None = None, schema: pa.Schema | None = None) -> pa.Table:
@@ -144,8 +159,39 @@ class Reader:
         return sum(together(self.count, self.committed(folder)))
 
     def read_bytes(self, path: str) -> bytes:
+        """A file's content.
+
+        Raises:
+            UserError: it is a folder, a pipe or a device.
+            OSError: it is not there, or cannot be read.
+        """
+        self._refuse_endless(path)
         with self.filesystem.open_input_file(path) as source:
             return bytes(source.read())
 
-    def read_json(self, path: str) -> Any:
-        return json.loads(self.read_bytes(path))
+    def read_json(self, path: str, shape: Shape = (dict, list)) -> Any:
+        """One JSON file's value.
+
+        Args:
+            shape: what it must look like (`storage/shape.py`).
+
+        Raises:
+            UserError: it is damaged, or was changed by somebody: it is no JSON, or looks otherwise.
+        """
+        with door(self.address(path), f"is damaged or no file of ours; {MEND}"):
+            value = json.loads(self.read_bytes(path))
+        if wrong := misfit(value, shape):
+            raise UserError(f"{self.address(path)}: is damaged or no file of ours: {wrong}; {MEND}")
+        return value
+
+    def read_lines(self, path: str, shape: Shape = dict) -> list[Any]:
+        """The values of a file with one JSON value per line; otherwise as `read_json`."""
+        found = []
+        for number, line in enumerate(self.read_bytes(path).split(b"\n"), start=1):
+            where = f"{self.address(path)}:{number}"
+            with door(where, f"is damaged or no line of ours; {MEND}"):
+                value = json.loads(line) if line.strip() else None
+            if line.strip() and (wrong := misfit(value, shape)):
+                raise UserError(f"{where}: is damaged or no line of ours: {wrong}; {MEND}")
+            found += [value] if line.strip() else []
+        return found

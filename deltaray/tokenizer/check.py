@@ -1,11 +1,11 @@
 """What can be known of a model's tokenizer and template before anything runs, without weights."""
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
 
-from deltaray.errors import UserError, first_line
+from deltaray.errors import UserError
+from deltaray.files import read_settings
 from deltaray.limited import OverLimitError
 from deltaray.recipe.models import Model, Student, Teacher
 from deltaray.recipe.scorers import RewardModel
@@ -99,9 +99,6 @@ def _stated_ends(model: Model) -> bool:
     """Whether the model's own settings name tokens that end an answer."""
     for name in ("generation_config.json", "config.json"):
         path = model_file(model, name)
-        try:
-            if path and json.loads(Path(path).read_text(encoding="utf-8")).get("eos_token_id") is not None:
-                return True
-        except ValueError as error:
-            raise UserError(f"{model.model}: {name} is no JSON: {first_line(error)}") from None
+        if path and read_settings(Path(path)).get("eos_token_id") is not None:
+            return True
     return False

@@ -8,7 +8,7 @@ spaces or are cut into other tokens than the model was trained on, without a wor
 from collections.abc import Iterator
 from typing import Any
 
-from deltaray.prompts.turns import short
+from deltaray.words import short
 
 TEXTS = (
     "The quick brown fox doesn't jump over 12 lazy dogs, does it? It's $3.50 (or 1,234,567.89)!",

@@ -1,6 +1,5 @@
 """The one place that loads tokenizers: of students, teachers, judges and reward models."""
 
-import json
 import logging
 from collections.abc import Iterator
 from datetime import date
@@ -8,9 +7,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from deltaray.errors import UserError, first_line
+from deltaray.errors import PASSING, UserError, door, first_line
+from deltaray.files import read_settings, read_small
 from deltaray.imports import quick_imports
-from deltaray.recipe.models import Model
+from deltaray.limits import TEMPLATE_BYTES
+from deltaray.recipe.models import Model, is_there
 from deltaray.tokenizer.compare import difference, loses_text
 from deltaray.tokenizer.templates import limit_templates
 
@@ -30,12 +31,8 @@ def load_tokenizer(model: Model, key: str) -> Any:
         UserError: it cannot be loaded, does not do what its `tokenizer.json` says, or has no chat template; `key`
             names the recipe's section.
     """
-    try:
+    with door(f"{key}.model", f"no tokenizer in {model.model!r}"):  # also what a model's own code raises
         tokenizer = as_the_files_say(model, key)
-    except UserError:
-        raise
-    except Exception as error:  # besides OSError and ValueError: what tokenizers and a model's own code raise
-        raise UserError(f"{key}.model: no tokenizer in {model.model!r}: {first_line(error)}") from None
     tokenizer.chat_template = _template(tokenizer.chat_template, model, key)
     tokenizer.template_arguments = dict(model.chat_template_arguments)
     if model.date is not None and asks_for_the_date(tokenizer):
@@ -67,7 +64,9 @@ def as_the_files_say(model: Model, key: str) -> Any:
     try:
         tokenizer = _by_transformers(model)
         wrong = _wrong(tokenizer, model, file)
-    except Exception as error:
+    except PASSING:
+        raise
+    except BaseException as error:  # tokenizers may panic
         if file is None or "trust_remote_code" in str(error):
             raise
         tokenizer, wrong = None, first_line(error)
@@ -138,8 +137,8 @@ COMPARED: dict[tuple[Any, ...], str | None] = {}
 def _compared(tokenizer: Any, paths: list[str]) -> str | None:
     from tokenizers import Tokenizer
 
-    named = [json.loads(Path(path).read_text(encoding="utf-8")) for path in paths[1:]]
-    prefixed = any(isinstance(it, dict) and isinstance(it.get("add_prefix_space"), bool) for it in named)
+    named = [read_settings(Path(path)) for path in paths[1:]]
+    prefixed = any(isinstance(it.get("add_prefix_space"), bool) for it in named)
     texts = frozenset(text for it in named for text in _strings(it))
     return difference(tokenizer, Tokenizer.from_file(paths[0]), texts, prefixed)
 
@@ -182,8 +181,9 @@ def _template(own: Any, model: Model, key: str) -> Any:
     """
     several = own if isinstance(own, dict) else {}
     wanted, names = model.chat_template, ", ".join(sorted(several))
-    if wanted is not None and Path(wanted).is_file():
-        return Path(wanted).read_text(encoding="utf-8")
+    if wanted is not None and is_there(wanted):
+        with door(f"{key}.chat_template: {wanted}", "is no text in UTF-8"):
+            return read_small(Path(wanted), TEMPLATE_BYTES).decode()
     if wanted is not None:
         if wanted in several:
             return several[wanted]

@@ -5,6 +5,7 @@ files are bound to the number of workers. Every worker gathers weight after weig
 manifest with the sizes and checksums of all files comes last, and without it a checkpoint does not exist.
 """
 
+import json
 import uuid
 import zlib
 from collections.abc import Iterator
@@ -20,11 +21,10 @@ from deepspeed.utils import (
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
 )
-from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from deltaray.errors import StageError
+from deltaray.errors import PASSING, StageError
 from deltaray.store import Store
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -75,7 +75,9 @@ class Checkpoints:
         _raise_together(error)
         if dist.get_rank() == 0:
             files = {file: size for part in written for file, size in part.items()}
-            error = _attempt(lambda: self.store.write_json(self._manifest(name), {"files": files, "state": state}))
+            told: dict[str, Any] = {"files": files, "state": state}
+            told["checksum"] = _checksum(told)
+            error = _attempt(lambda: self.store.write_json(self._manifest(name), told))
         _raise_together(error)
         if dist.get_rank() == 0:
             newest = self.complete()[:KEPT]
@@ -134,16 +136,25 @@ class Checkpoints:
         found: dict[str, tuple[int, ...]] = {}
         try:
             manifest = self.store.read_json(self._manifest(name))
-            if manifest["state"]["data"] != data:
+            checksum = _checksum(manifest)
+            if manifest["state"]["data"] != data or manifest.get("checksum", checksum) != checksum:
                 return False
             for file, (size, checksum) in manifest["files"].items():
                 content = self.store.read_bytes(f"{self.folder}/{name}/{file}")
                 if (len(content), zlib.crc32(content)) != (size, checksum):
                     return False
                 found |= {key: tuple(tensor.shape) for key, tensor in load(content).items()}
-        except (OSError, ValueError, KeyError, SafetensorError):
+        except PASSING:
+            raise
+        except BaseException:  # whatever damage does to it, panics of Rust code included: an older one will do
             return False
         return found == wanted
+
+
+def _checksum(manifest: dict[str, Any]) -> int:
+    """Of what a manifest says; those of earlier versions bear none."""
+    told = {name: manifest[name] for name in ("files", "state")}
+    return zlib.crc32(json.dumps(told, sort_keys=True).encode())
 
 
 def _attempt(work: Any) -> Exception | None:

@@ -11,10 +11,14 @@ OVER = ("finished", "stopped", "failed")
 """States in which a trial is not tried again; `running` is that of a trial whose command was killed, too."""
 
 
+RECORD = {"name": str, "state": str, "label": str, "choice": dict, "pairing": str, "settings": dict}
+"""What its readers rely on."""
+
+
 def read_records(store: Store) -> dict[str, Record]:
     """All records by the trial's name."""
     paths = store.committed(Store.trials, ".json")
-    return {record["name"]: record for record in together(store.read_json, paths)}
+    return {record["name"]: record for record in together(lambda path: store.read_json(path, RECORD), paths)}
 
 
 def write_record(store: Store, trial: Trial, state: str, **facts: Any) -> Record:

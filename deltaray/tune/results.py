@@ -1,6 +1,5 @@
 """What a finished trial has shown, from what its stages have stored; over its seeds."""
 
-import json
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ from deltaray.pair.describe import delta_path
 from deltaray.recipe.check_exploration import objectives_of
 from deltaray.recipe.recipe import Recipe
 from deltaray.recipe.study import Study
+from deltaray.shapes import EVALUATION
 from deltaray.store import Store
 from deltaray.tune.space import Trial
 
@@ -72,7 +72,7 @@ def _run_facts(study: Study, store: Store, name: str) -> Facts:
         "seed": study.evaluated[name].seed,
         "path": store.trained(name),
         "pairing": run.pairings[0],
-        "pairs": store.read_json(f"{Store.training(name)}/data.json")["trained"],
+        "pairs": store.read_json(f"{Store.training(name)}/data.json", {"trained": int})["trained"],
         "steps": len(lines),
         "delta": delta.get("value"),
         "delta_interval": [delta.get("low"), delta.get("high")],
@@ -90,7 +90,7 @@ def _scores(study: Study, store: Store) -> Facts:
     """Evaluation over the seeds, and the gain with its interval."""
     runs = list(study.runs)
     students = [study.runs[name].student for name in runs]
-    results = {name: store.read_json(Store.evaluation(name)) for name in (*runs, *students)}
+    results = {name: store.read_json(Store.evaluation(name), EVALUATION) for name in (*runs, *students)}
     tasks = {
         task: over_seeds([results[name]["tasks"][task]["value"] for name in runs]) for task in results[runs[0]]["tasks"]
     }
@@ -108,8 +108,7 @@ def _scores(study: Study, store: Store) -> Facts:
 
 def read_metrics(store: Store, run: str) -> list[dict[str, Any]]:
     """The lines of `metrics.jsonl`."""
-    text = store.read_bytes(f"{Store.training(run)}/metrics.jsonl").decode()
-    return [json.loads(line) for line in text.splitlines()]
+    return store.read_lines(f"{Store.training(run)}/metrics.jsonl", {"step": int})
 
 
 def last_of(lines: list[dict[str, Any]], key: str) -> float | None:

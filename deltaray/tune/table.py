@@ -4,6 +4,7 @@ from typing import Any
 
 from rich.table import Table
 
+from deltaray.storage.shape import ANY
 from deltaray.store import Store
 
 SHOWN = 40
@@ -40,6 +41,6 @@ def best_line(store: Store) -> str:
     """Where the best student is."""
     if not store.exists("tuning/best.json"):
         return "no trial can be called the best: none was finished with all objectives"
-    best: dict[str, Any] = store.read_json("tuning/best.json")
+    best: dict[str, Any] = store.read_json("tuning/best.json", {"path": (str, None), "objectives": {ANY: float}})
     values = ", ".join(f"{name} {value:.4g}" for name, value in best["objectives"].items())
     return f"best student: {best['path']} ({values})"

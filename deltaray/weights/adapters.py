@@ -3,13 +3,13 @@
 vLLM leaves out what it finds no module for, without a word, so that the model would answer as if it had no adapter.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from deltaray.errors import StageError, UserError
+from deltaray.files import read_settings
 from deltaray.generate.spec import lora_rank
 from deltaray.merge.adapter import BASE_COPY, CONFIG, LORA, PATTERNS, PREFIX, WEIGHTS, pattern_values
 from deltaray.weights.headers import Held, and_others, tensors_of_file
@@ -41,7 +41,7 @@ def check_adapter(folder: Path, key: str, skeleton: Any, held: Mapping[str, Held
         _refuse_strangers(modules, f"{key}: {folder / WEIGHTS}", skeleton, held)
     if skeleton is not None:
         _refuse_shapes(modules, tensors, f"{key}: {folder / WEIGHTS}", skeleton)
-        _refuse_holes(modules, json.loads((folder / CONFIG).read_text()), f"{key}: {folder / WEIGHTS}", skeleton)
+        _refuse_holes(modules, read_settings(folder / CONFIG), f"{key}: {folder / WEIGHTS}", skeleton)
 
 
 def _rows(skeleton: Any) -> int | None:
@@ -72,8 +72,8 @@ def _modules(tensors: Mapping[str, Held], where: str, rows: int | None) -> dict[
 
 def _refuse_patterns(folder: Path, key: str, modules: Mapping[str, Any]) -> None:
     """vLLM matches the same patterns with the same names, without a limit."""
-    config = json.loads((folder / CONFIG).read_text())
     try:
+        config = read_settings(folder / CONFIG)
         for pattern in PATTERNS:
             pattern_values(folder, config, pattern, modules)
     except UserError as error:

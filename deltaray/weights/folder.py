@@ -6,12 +6,15 @@ the old weights (README, results of a training) stays behind.
 """
 
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from enum import Enum
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from deltaray.errors import UserError
+from deltaray.limits import MODEL_LAYERS
 
 INDEX = "model.safetensors.index.json"
 WEIGHT_SUFFIXES = (
@@ -27,6 +30,8 @@ CONFIGURATION_SUFFIXES = (".jinja", ".model", ".tiktoken", ".py", "processor_con
 LICENCES = ("license", "licence", "notice", "copying", "use_policy", "usage_policy")
 DOCUMENTS = (".md", ".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp", ".pdf", ".html", ".ipynb", ".log", ".rst")
 TEMPLATES = "additional_chat_templates"
+COUNTED = re.compile(r"layers?$|experts?($|_)|blocks$|depths?$|stages$|heads$|groups$|codebooks$")
+"""Keys of a configuration that say how often something is built."""
 POINTER = b"version https://git-lfs.github.com/spec/"
 """How a file begins that git-lfs has not fetched."""
 
@@ -114,9 +119,25 @@ def refuse_pointers(folder: Path, key: str) -> None:
             )
 
 
+def refuse_endless(path: Path, settings: Any) -> None:
+    """UserError for settings that count more layers, experts or the like than can be built to look at them.
+
+    Args:
+        settings: what a file of a model's folder says.
+    """
+    items = settings.items() if isinstance(settings, dict) else ()
+    for name, value in items:
+        if isinstance(value, dict):
+            refuse_endless(path, value)
+        elif COUNTED.search(str(name)) and isinstance(value, int | float) and value > MODEL_LAYERS:
+            raise UserError(f"{path}: {name}: {value:,} is more than any model has; fetch or save it again")
+
+
 def is_pointer(path: Path) -> bool:
     """Whether git-lfs has not fetched a file."""
     try:
+        if not path.is_file():  # a pipe would never answer
+            return False
         with path.open("rb") as file:
             return file.read(len(POINTER)) == POINTER
     except OSError:

@@ -1,15 +1,24 @@
 """What safetensors files hold, from their headers: names, shapes and types of tensors, and whether a file is whole."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from deltaray.errors import UserError
+from deltaray.files import read_settings
+from deltaray.storage.shape import ANY, misfit
 from deltaray.weights.folder import INDEX, is_pointer
 
 SINGLE = "model.safetensors"
+BITS = {
+    "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64, "F16": 16,
+    "BF16": 16, "F32": 32, "F64": 64, "C64": 64, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E4M3": 8, "F8_E5M2": 8,
+    "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
+}  # fmt: skip
+"""Of one element, by the format's types."""
 LONGEST = 100_000_000
 """Bytes of a header, at most; the format's own limit."""
 
@@ -31,8 +40,8 @@ def tensors_of_file(path: Path) -> dict[str, Held]:
     """
     header, end = _header(path)
     size = path.stat().st_size
-    held = {name: Held(path, str(it["dtype"]), tuple(it["shape"])) for name, it in header.items()}
-    wanted = end + max((int(it["data_offsets"][1]) for it in header.values()), default=0)
+    held = {name: Held(path, it["dtype"], tuple(it["shape"])) for name, it in header.items()}
+    wanted = end + max((it["data_offsets"][1] for it in header.values()), default=0)
     if size != wanted:
         what = "cut short" if size < wanted else "too long"
         raise UserError(f"{path}: is {what}: {size:,} bytes, and its header says {wanted:,}; fetch or save it again")
@@ -50,16 +59,30 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
     if is_pointer(path):
         raise UserError(f"{path}: is a pointer of git-lfs, not the file itself; fetch it with `git lfs pull`")
     try:
+        if not path.is_file():
+            raise ValueError
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             text = file.read(length) if length <= LONGEST else b""
         header = json.loads(text)
         header.pop("__metadata__", None)
-        for tensor in header.values():
-            tensor["dtype"], tensor["shape"], tensor["data_offsets"][1]
+        _demand_sound(header)
         return header, 8 + length
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
         raise UserError(f"{path}: is damaged or no safetensors file; fetch or save it again") from None
+
+
+def _demand_sound(header: Any) -> None:
+    """ValueError or KeyError unless its tensors lie one behind the other, each as long as its shape and type say."""
+    if misfit(header, {ANY: {"dtype": str, "shape": [int], "data_offsets": [int]}}):
+        raise ValueError
+    end = 0
+    for tensor in sorted(header.values(), key=lambda it: it["data_offsets"]):
+        start, stop = tensor["data_offsets"]
+        size = math.prod(tensor["shape"]) * BITS[tensor["dtype"]]
+        if start != end or min(tensor["shape"], default=0) < 0 or 8 * (stop - start) != size:
+            raise ValueError
+        end = stop
 
 
 def tensors_of_model(folder: Path, any_names: bool = False) -> dict[str, Held]:
@@ -105,11 +128,13 @@ def _indexed(index: Path) -> dict[str, Held]:
 
 
 def _weight_map(index: Path) -> Mapping[str, str]:
-    try:
-        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        return {str(name): str(file) for name, file in places.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{index}: is damaged or no index of safetensors files; fetch or save it again") from None
+    settings = read_settings(index, LONGEST)
+    if misfit(settings, {"weight_map": {ANY: str}}):
+        raise UserError(f"{index}: is damaged or no index of safetensors files; fetch or save it again")
+    places: dict[str, str] = settings["weight_map"]
+    if outside := [file for file in places.values() if "/" in file or file.startswith(".")]:
+        raise UserError(f"{index}: names {outside[0]!r}, which lies outside of its folder; fetch or save it again")
+    return places
 
 
 def and_others(names: object) -> str:
