@@ -26,7 +26,7 @@ from deltaray.recipe.filters import Keywords
 from deltaray.recipe.models import Model, Student
 from deltaray.recipe.scorers import IfEval
 from deltaray.recipe.training import Lora
-from deltaray.score.answers import boxed, fenced_blocks, final_letter, final_number, python_code
+from deltaray.score.answers import boxed, fenced_blocks, final_letter, final_number
 from deltaray.score.instructions import ifeval_scorer
 from deltaray.score.judge import parse_rating, parse_verdict
 from deltaray.score.response import Response, scored
@@ -272,7 +272,6 @@ READERS = {
     "numbers": final_number,
     "letters": final_letter,
     "fences": fenced_blocks,
-    "code": python_code,
     "boxed": boxed,
     "rating": parse_rating,
     "verdict": lambda text: parse_verdict(text, "first"),
