@@ -374,13 +374,11 @@ def test_when_another_candidate_wins_it_takes_the_grids_name(tmp_path: Path, mon
         (tmp_path / name / "weights").write_text(name)
         store.put_folder(tmp_path / name, Store.student(name))
         store.write_bytes(f"{Store.training(name)}/metrics.jsonl", name.encode())
-    monkeypatch.setattr(
-        select, "evaluation_of", lambda store, name, *_: {"model": name, "tasks": {}, "mean": means[name]}
-    )
+    monkeypatch.setattr(select, "evaluation_of", lambda store, name, *_: {"mean": means[name]})
 
     def taken() -> tuple[str, bytes, bytes]:
         chosen = select.choose_candidates(study, store)["sft"]
-        store.write_json(Store.evaluation("sft"), chosen)
+        store.write_json(Store.evaluation("sft"), {"model": "sft", "tasks": {}, "mean": 0.3} | chosen)
         files = (f"{Store.student('sft')}/weights", f"{Store.training('sft')}/metrics.jsonl")
         return chosen["selected"], store.read_bytes(files[0]), store.read_bytes(files[1])
 
