@@ -167,6 +167,7 @@ def _stay_here() -> None:
         _put(import_module(f"deltaray.{name}"), "map_units", _map_units)
     _put(Runner, "ray", lambda self: Capacity(8, 0))
     _put(Runner, "stage", _stage)
+    _put(import_module("deltaray.pipeline"), "stop_ray", lambda: None)  # it would stop the one of other tests
 
 
 def _put(place: Any, name: str, instead: Any) -> None:
