@@ -2,12 +2,14 @@
 
 import os
 import secrets
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 TOKEN = Path("~/.ray/auth_token")
 """Where Ray keeps its token unless it is told otherwise."""
+CONNECT_SECONDS = 5.0
 
 
 @contextmanager
@@ -24,6 +26,23 @@ def on_localhost() -> Iterator[None]:
         yield
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = kept
+
+
+def listens_here_alone(address: str) -> bool:
+    """Whether the Ray at `host:port` is one of this machine's own (`on_localhost`), to be joined in the same way.
+
+    Ray would look for it at the address by which other machines reach this one, where it does not listen.
+    """
+    from ray._private.services import get_node_ip_address
+
+    host, _, port = address.rpartition(":")
+    if host not in ("127.0.0.1", "localhost") or not port.isdecimal():
+        return False
+    try:
+        socket.create_connection((get_node_ip_address(), int(port)), timeout=CONNECT_SECONDS).close()
+    except OSError:
+        return True
+    return False
 
 
 def keep_token() -> None:

@@ -13,7 +13,7 @@ from deltaray.errors import UserError
 from deltaray.recipe.models import Engine
 from deltaray.recipe.recipe import Cluster
 from deltaray.runtime.failures import cause_of
-from deltaray.runtime.localhost import keep_token, on_localhost
+from deltaray.runtime.localhost import keep_token, listens_here_alone, on_localhost
 from deltaray.runtime.watch import RayletWatch
 
 EMBEDDED_CPUS = 8
@@ -180,9 +180,10 @@ def init_ray(arguments: dict[str, Any]) -> None:
     own = arguments["address"] == "local"
     if own and os.environ.get("RAY_AUTH_MODE", "token") == "token":
         keep_token()
+    here = own or listens_here_alone(str(arguments["address"]))
     for attempt in range(1, START_ATTEMPTS + 1):
         try:
-            with on_localhost() if own else nullcontext():
+            with on_localhost() if here else nullcontext():
                 ray.init(**arguments)
             return
         except Exception as error:
