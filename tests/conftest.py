@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,9 @@ def ray_session() -> Iterator[Any]:
 
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     arguments = {"num_cpus": 8, "include_dashboard": False, "log_to_driver": False}
-    init_ray(arguments | {"object_store_memory": 256 * 2**20})
+    with pytest.MonkeyPatch.context() as patch:  # programs of tests join it by Ray's own means, at the node's address
+        patch.setattr("deltaray.runtime.session.on_localhost", nullcontext)
+        init_ray(arguments | {"object_store_memory": 256 * 2**20})
     yield ray
     ray.shutdown()
 
