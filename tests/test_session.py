@@ -1,14 +1,16 @@
 """Which Ray a command uses, what it says of others, and who can reach it."""
 
 import ipaddress
+import json
 import os
 import socket
 import stat
+import subprocess
+import sys
 from pathlib import Path
-from typing import Any
 
-import psutil
 import pytest
+from conftest import ROOT
 
 from deltaray.recipe.recipe import Cluster
 from deltaray.runtime import session
@@ -96,24 +98,37 @@ def test_a_cluster_that_cannot_be_joined_is_the_users_mistake(monkeypatch: pytes
 
 
 # --- who can reach it -------------------------------------------------------------------------------------------
-def test_a_ray_of_ones_own_listens_on_localhost_only(ray_session: Any) -> None:
-    """Its head, node process, agents, workers and this driver."""
+OWN_RAY = """
+import json, psutil, ray, subprocess, sys
+from deltaray.runtime.session import init_ray
 
-    @ray_session.remote
-    def worker() -> int:
-        return os.getpid()
+init_ray({"num_cpus": 2, "include_dashboard": False, "log_to_driver": False, "object_store_memory": 128 * 2**20})
+ray.get(ray.remote(lambda: 1).remote())
+here = {process.pid: process for process in (psutil.Process(), *psutil.Process().children(recursive=True))}
+listening = {}
+for it in psutil.net_connections("inet"):
+    if it.status == psutil.CONN_LISTEN and it.pid in here:
+        listening.setdefault(here[it.pid].name(), []).append(it.laddr.ip)
+join = "import sys, ray; from deltaray.runtime.session import init_ray; init_ray({'address': sys.argv[1]}); "
+join += "print(ray.cluster_resources()['CPU'])"
+address = ray.get_runtime_context().gcs_address
+joined = subprocess.run([sys.executable, "-c", join, address], capture_output=True, text=True, timeout=60).stdout
+print(json.dumps([listening, ray.nodes()[0]["NodeManagerAddress"], address, joined]))
+ray.shutdown()
+"""
 
-    working = ray_session.get(worker.remote())
-    here = {process.pid: process for process in (psutil.Process(), *psutil.Process().children(recursive=True))}
-    listening: dict[str, set[str]] = {}
-    for it in psutil.net_connections("inet"):
-        if it.status == psutil.CONN_LISTEN and it.pid in here:
-            listening.setdefault(here[it.pid].name(), set()).add(it.laddr.ip)
-    assert working in here and {"gcs_server", "raylet"} <= listening.keys() and len(listening) >= 4, listening
+
+def test_a_ray_of_ones_own_listens_on_localhost_only_and_can_be_joined_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its head, node process, agents, workers and the driver."""
+    monkeypatch.delenv("RAY_TMPDIR")  # the paths of its sockets may not be long
+    done = subprocess.run([sys.executable, "-c", OWN_RAY], capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-2000:]
+    listening, node, address, joined = json.loads(done.stdout.splitlines()[-1])
+    assert {"gcs_server", "raylet"} <= listening.keys() and len(listening) >= 4, listening
     for name, addresses in listening.items():
-        for address in map(ipaddress.ip_address, addresses):
-            assert (getattr(address, "ipv4_mapped", None) or address).is_loopback, (name, address)
-    assert ray_session.nodes()[0]["NodeManagerAddress"] == "127.0.0.1"
+        for at in map(ipaddress.ip_address, addresses):
+            assert (getattr(at, "ipv4_mapped", None) or at).is_loopback, (name, at)
+    assert node == "127.0.0.1" and address.startswith("127.0.0.1:") and joined.strip() == "2.0"
 
 
 def test_the_token_is_for_its_owner_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
