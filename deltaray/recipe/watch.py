@@ -12,7 +12,7 @@ SignatureName = Literal[
 
 
 class Watch(Section):
-    """Thresholds of the failure signatures. Each is warned about once a run; a threshold of `.inf` silences it.
+    """Thresholds of the failure signatures. Each is warned about once a run; a very large threshold (1e9) silences it.
 
     What is noisy from step to step is compared as means over `window` steps: the run's first (the start), its last.
     """
