@@ -163,7 +163,7 @@ def python_for(user: int) -> str:
 
 @pytest.fixture(params=["this user", "nobody"])
 def user(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Programs run as whoever runs the tests; where that is root also as an ordinary user."""
+    """Programs run as the user who runs the tests; where that is root also as an ordinary user."""
     if request.param == "nobody":
         if os.geteuid() != 0:
             pytest.skip("only root can become another user")

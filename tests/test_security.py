@@ -29,7 +29,7 @@ from deltaray.recipe.scorers import RewardModel
 from deltaray.runtime.preflight import check_model
 from deltaray.score.rewards import RewardWorker
 from deltaray.store import Store
-from deltaray.train.checkpoint import Checkpoints
+from deltaray.train.checkpoint import Checkpoints, _checksum
 from deltaray.train.student import load_module
 
 PLANTED = "hf_PlantedPlantedPlanted9c41"
@@ -223,7 +223,8 @@ def test_pickles_in_a_checkpoint_are_not_run(dump: Any, tmp_path: Path) -> None:
     for name in ("rank-00000-00000.safetensors", "mp_rank_00_model_states.pt", "optimizer.pt", "pytorch_model.bin"):
         checkpoints.store.write_bytes(f"{folder}/{name}", content)
     files = {"rank-00000-00000.safetensors": [len(content), zlib.crc32(content)]}
-    checkpoints.store.write_json(f"{folder}/manifest.json", {"files": files, "state": {"data": 1, "step": 1}})
+    manifest: dict[str, Any] = {"files": files, "state": {"data": 1, "step": 1}}
+    checkpoints.store.write_json(f"{folder}/manifest.json", manifest | {"checksum": _checksum(manifest)})
     assert checkpoints.complete() == ["step"] and not checkpoints._is_sound("step", 1, {"w|weight": (2, 3)})
     assert not mark.exists()
 

@@ -24,7 +24,7 @@ from deltaray.recipe.training import Lora
 from deltaray.runtime.check_models import check_model
 from deltaray.score.rewards import RewardWorker
 from deltaray.store import Store
-from deltaray.train.checkpoint import Checkpoints
+from deltaray.train.checkpoint import Checkpoints, _checksum
 from deltaray.train.student import load_module
 from deltaray.weights.fit import demand_fit, positions
 from deltaray.weights.folder import files_beside
@@ -350,10 +350,13 @@ def test_a_checkpoint_of_other_weights_is_not_sound(tmp_path: Path) -> None:
     path = f"{checkpoints.folder}/step"
     checkpoints.store.write_bytes(f"{path}/rank.safetensors", content)
     files = {"rank.safetensors": [len(content), zlib.crc32(content)]}
-    checkpoints.store.write_json(f"{path}/manifest.json", {"files": files, "state": {"data": 1, "step": 1}})
+    manifest: dict[str, Any] = {"files": files, "state": {"data": 1, "step": 1}}
+    checkpoints.store.write_json(f"{path}/manifest.json", manifest | {"checksum": _checksum(manifest)})
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     assert checkpoints._is_sound("step", 1, shapes)
     assert not checkpoints._is_sound("step", 1, shapes | {"v|weight": (1,)})
     assert not checkpoints._is_sound("step", 1, shapes | {"w|weight": (3, 2)})
     assert not checkpoints._is_sound("step", 1, {"w|weight": (2, 3)})
+    checkpoints.store.write_json(f"{path}/manifest.json", manifest)
+    assert not checkpoints._is_sound("step", 1, shapes)  # without its checksum
     assert load_file(tmp_path / path / "rank.safetensors").keys() == tensors.keys()

@@ -27,24 +27,17 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+SMALL = {
+    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "head_dim": 32, "max_position_embeddings": 256, "initializer_range": 0.1,
+    "pad_token_id": 0, "bos_token_id": None, "eos_token_id": 1,
+}  # fmt: skip
+
+
 def make_model(seed: int = 0, vocabulary: int = 64, tied: bool = False) -> LlamaForCausalLM:
     """Random weights, float32. With 2,048 tokens some exceed 1e5 elements: only such ZeRO 3 really partitions."""
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=32,
-        max_position_embeddings=256,
-        tie_word_embeddings=tied,
-        initializer_range=0.1,
-        pad_token_id=0,
-        bos_token_id=None,
-        eos_token_id=1,
-    )
+    config = LlamaConfig(vocab_size=vocabulary, tie_word_embeddings=tied, **SMALL)
     return LlamaForCausalLM(config).eval()
 
 
@@ -57,22 +50,7 @@ def save_tiny(folder: Path, seed: int = 0, vocabulary: int = 64) -> str:
 def save_capped(folder: Path, vocabulary: int = 64) -> str:
     """A Gemma 2, whose logits a soft cap bends well within their range; embeddings are tied."""
     torch.manual_seed(0)
-    config = Gemma2Config(
-        vocab_size=vocabulary,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=32,
-        query_pre_attn_scalar=32,
-        max_position_embeddings=256,
-        initializer_range=0.1,
-        final_logit_softcapping=3.0,
-        pad_token_id=0,
-        bos_token_id=None,
-        eos_token_id=1,
-    )
+    config = Gemma2Config(vocab_size=vocabulary, query_pre_attn_scalar=32, final_logit_softcapping=3.0, **SMALL)
     Gemma2ForCausalLM(config).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return str(folder)

@@ -50,6 +50,7 @@ def _below(kinds: Kinds, name: str, node: dict[str, Any]) -> Kinds:
 
 
 def _origin(kind: Any) -> Any:
+    """As `get_origin`, whose declared type leaves no room for lists and mappings."""
     return get_origin(kind)
 
 

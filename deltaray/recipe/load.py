@@ -1,4 +1,4 @@
-"""From a YAML file and `--set` overrides to a checked `Recipe`; every refusal names file, line, key and the mend."""
+"""From a YAML file and `--set` overrides to a checked `Recipe`; every refusal names file, line, key and what to do."""
 
 import codecs
 import io

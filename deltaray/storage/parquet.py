@@ -11,7 +11,7 @@ from pyarrow import fs
 
 from deltaray.errors import UserError
 
-MEND = "remove it (the same command makes again what is missing) or use another `out`"
+REMEDY = "remove it (the same command makes again what is missing) or use another `out`"
 CHECKED = {"write_page_checksum": True}
 CONTENT, SOURCE = b"deltaray.content", b"deltaray.made_from"
 """Keys in the footer: a digest of the file's own data, and that of what it was worked out from."""
@@ -87,7 +87,7 @@ def refuse_foreign(found: pa.Schema, wanted: pa.Schema | None, address: str) -> 
     """UserError if a wanted column is not there or has another type."""
     wrong = [line for field in wanted or [] if (line := _difference(found, field))]
     if wrong:
-        raise UserError(f"{address}: is no table of this kind: {'; '.join(wrong)}; {MEND}")
+        raise UserError(f"{address}: is no table of this kind: {'; '.join(wrong)}; {REMEDY}")
 
 
 def _difference(found: pa.Schema, field: pa.Field) -> str | None:
@@ -104,7 +104,7 @@ def _difference(found: pa.Schema, field: pa.Field) -> str | None:
 
 def _damaged(address: str, error: Exception) -> UserError:
     reason = str(error).strip().splitlines()[0].rstrip(".")
-    return UserError(f"{address}: is damaged or no Parquet file of ours: {reason}; {MEND}")
+    return UserError(f"{address}: is damaged or no Parquet file of ours: {reason}; {REMEDY}")
 
 
 def filesystem_below(filesystem: fs.FileSystem) -> fs.FileSystem:

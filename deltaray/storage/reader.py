@@ -13,7 +13,7 @@ from pyarrow import fs
 
 from deltaray.errors import UserError, door
 from deltaray.storage.filesystem import OBJECT_STORES, connect, patient, together
-from deltaray.storage.parquet import CONTENT, MEND, SOURCE, open_parquet
+from deltaray.storage.parquet import CONTENT, REMEDY, SOURCE, open_parquet
 from deltaray.storage.shape import Shape, misfit
 from deltaray.words import is_unicode
 
@@ -95,7 +95,7 @@ class Reader:
         with door(self.address(path)):
             there = self.local / path
             if there.exists() and not there.is_file():
-                raise UserError(f"{self.address(path)}: is no file (a folder, a pipe or a device); {MEND}")
+                raise UserError(f"{self.address(path)}: is no file (a folder, a pipe or a device); {REMEDY}")
 
     def _open(self, path: str, schema: pa.Schema | None = None) -> Any:
         self._refuse_endless(path)
@@ -177,11 +177,13 @@ class Reader:
 
         Raises:
             UserError: it is damaged, or was changed by somebody: it is no JSON, or looks otherwise.
+            OSError: it is not there, or the store does not answer.
         """
-        with door(self.address(path), f"is damaged or no file of ours; {MEND}"):
-            value = json.loads(self.read_bytes(path))
+        content = self.read_bytes(path)
+        with door(self.address(path), f"is damaged or no file of ours; {REMEDY}"):
+            value = json.loads(content)
         if wrong := misfit(value, shape):
-            raise UserError(f"{self.address(path)}: is damaged or no file of ours: {wrong}; {MEND}")
+            raise UserError(f"{self.address(path)}: is damaged or no file of ours: {wrong}; {REMEDY}")
         return value
 
     def read_lines(self, path: str, shape: Shape = dict) -> list[Any]:
@@ -189,9 +191,9 @@ class Reader:
         found = []
         for number, line in enumerate(self.read_bytes(path).split(b"\n"), start=1):
             where = f"{self.address(path)}:{number}"
-            with door(where, f"is damaged or no line of ours; {MEND}"):
+            with door(where, f"is damaged or no line of ours; {REMEDY}"):
                 value = json.loads(line) if line.strip() else None
             if line.strip() and (wrong := misfit(value, shape)):
-                raise UserError(f"{where}: is damaged or no line of ours: {wrong}; {MEND}")
+                raise UserError(f"{where}: is damaged or no line of ours: {wrong}; {REMEDY}")
             found += [value] if line.strip() else []
         return found

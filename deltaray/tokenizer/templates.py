@@ -1,7 +1,7 @@
 """Chat templates come with models, and a template is a program: all that render in this process do it with limits.
 
-transformers renders all of them by one function, for tokenizers as for processors, whoever calls: we, the harness, or
-vLLM. It is replaced by one that asks a process beside this one (`deltaray.limited`), where the same function runs.
+transformers renders all of them by one function, for tokenizers and processors, also when the harness or vLLM calls it.
+It is replaced by one that asks a process beside this one (`deltaray.limited`), where the same function runs.
 """
 
 import sys

@@ -137,7 +137,7 @@ class Checkpoints:
         try:
             manifest = self.store.read_json(self._manifest(name))
             checksum = _checksum(manifest)
-            if manifest["state"]["data"] != data or manifest.get("checksum", checksum) != checksum:
+            if manifest["state"]["data"] != data or manifest["checksum"] != checksum:
                 return False
             for file, (size, checksum) in manifest["files"].items():
                 content = self.store.read_bytes(f"{self.folder}/{name}/{file}")
@@ -152,7 +152,7 @@ class Checkpoints:
 
 
 def _checksum(manifest: dict[str, Any]) -> int:
-    """Of what a manifest says; those of earlier versions bear none."""
+    """Of what a manifest says."""
     told = {name: manifest[name] for name in ("files", "state")}
     return zlib.crc32(json.dumps(told, sort_keys=True).encode())
 
