@@ -39,6 +39,14 @@ def stay_alive(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("deltaray.cli._exit", lambda terminal, code: sys.exit(code))
 
 
+@pytest.fixture
+def pair(tmp_path: Path) -> list[Path]:
+    """Two adapters of one tiny model."""
+    from adapters import make_adapter
+
+    return [make_adapter(tmp_path / name, seed) for seed, name in enumerate("ab")]
+
+
 @dataclass(frozen=True)
 class Finished:
     """A finished command."""
