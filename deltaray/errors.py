@@ -60,8 +60,8 @@ def led_by(key: str) -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in one line; its kind where it says nothing, and with the bare key of a `KeyError`."""
+    """What an error says, in one line; its kind where it says nothing, and with a bare key or index."""
     said = str(error).strip()
-    if not said or isinstance(error, KeyError | RecursionError | MemoryError):
+    if not said or isinstance(error, LookupError | RecursionError | MemoryError):
         said = f"{type(error).__name__}: {said}".removesuffix(": ")
     return said.splitlines()[0][:WIDTH]

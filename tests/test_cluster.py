@@ -221,10 +221,10 @@ def test_ray_fills_in_how_many_workers_a_cloud_cluster_may_have(tmp_path: Path) 
         ),
         (wrapped("RayCluster") + "---\n" + wrapped("RayJob"), "it holds 2 clusters (RayCluster here, RayJob here)"),
         ("kind: RayJob\nspec: {clusterSelector: {a: b}}\n", "(spec.clusterSelector): give that RayCluster's file"),
-        ("kind: RayJob\nspec: {}\n", "not as Ray's autoscaler reads it: KeyError('rayClusterSpec')"),
+        ("kind: RayJob\nspec: {}\n", "not as Ray's autoscaler reads it: KeyError: 'rayClusterSpec'"),
         ("kind: RayCluster\nspec: [1]\n", "not as Ray's autoscaler reads it"),
-        ("kind: RayCluster\nspec: {headGroupSpec: {template: {spec: {containers: []}}}}\n", "IndexError"),
-        ("available_node_types: {}\n", "not as Ray's autoscaler reads it: KeyError('provider')"),
+        ("kind: RayCluster\nspec: {headGroupSpec: {template: {spec: {containers: []}}}}\n", "IndexError: list index"),
+        ("available_node_types: {}\n", "not as Ray's autoscaler reads it: KeyError: 'provider'"),
         (
             "provider: {type: aws, region: x}\nhead_node_type: head\navailable_node_types: {head: {node_config: {}}}\n",
             "head.resources: write the node's CPU",

@@ -25,6 +25,8 @@ from deltaray.stages import Stages
 from deltaray.store import Store
 from deltaray.train.outdated import note_pairs, outdated_in
 
+LISTS = ("tasks", "seeds", "claims", "comparisons", "differences")
+SUMMARY: dict[str, Any] = {key: [] for key in LISTS} | {"names": {}, "missing": {}}
 SCORE = {"prompt_id": "p000", "sample": 0, "score": 1.0, "note": None, "parts": None}
 
 
@@ -137,7 +139,7 @@ def test_students_are_not_trained_on_pairs_of_other_responses(study: Study, stor
 
 
 def test_agreement_summaries_and_filters_follow_contents(study: Study, store: Store) -> None:
-    store.write_json(AGREEMENT, {"inputs": compared(study, store)})
+    store.write_json(AGREEMENT, {"inputs": compared(study, store), "scorers": [], "agreement": []})
     assert is_compared(study, store)
     rewrite(store, first_file(store, Store.responses("weak")), RESPONSES, tokens=9)
     assert not is_compared(study, store)
@@ -159,7 +161,7 @@ def test_a_summary_of_other_answers_is_not_the_last_word(study: Study, store: St
     evaluated: Any = SimpleNamespace(recipe=SimpleNamespace(evaluation=evaluation), evaluated={})
     folder = Store.evaluation_scores("m", "t")
     store.write_table(f"{folder}/part-00000.parquet", pa.Table.from_pylist([SCORE], schema=SCORES), SCORES)
-    store.write_json("evaluation/summary.json", {"names": {}, "claims": [], "tasks": []})
+    store.write_json("evaluation/summary.json", SUMMARY)
     assert not is_concluded(evaluated, store)  # as after a kill, or of an earlier version
     store.write_json(CONCLUDED, {"inputs": _inputs(store)})
     assert is_concluded(evaluated, store)
