@@ -3,6 +3,6 @@
 ray job submit --working-dir . -- python jobs/tune.py RECIPE [--set key=value …]
 """
 
-from deltaray.submit.script import run_script
+from deltaray.cli.submit.script import run_script
 
 run_script("tune")

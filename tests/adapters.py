@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_model import make_model
 
-from deltaray.merge.asked import Merge
+from deltaray.merge.arguments import Merge
 from deltaray.merge.factors import Factors
 from deltaray.merge.methods import Options
 from deltaray.merge.run import merge_adapters

@@ -5,9 +5,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from deltaray.contracts import RESPONSES
-from deltaray.prompts import store_prompts
-from deltaray.store import Store
+from deltaray.data.contracts import RESPONSES
+from deltaray.data.prompts import store_prompts
+from deltaray.data.store import Store
 
 Say = Callable[[int, int], str]
 """(number of the prompt, sample) -> text."""

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
+from deltaray.data.store import Store
 from deltaray.recipe import Recipe, load_recipe, shipped_recipe
 from deltaray.runtime.session import init_ray
-from deltaray.store import Store
 
 ROOT = Path(__file__).parent.parent
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from deltaray.store import Store
+from deltaray.data.store import Store
 
 
 class CrashError(BaseException):

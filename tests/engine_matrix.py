@@ -18,11 +18,11 @@ import torch.distributed as dist
 from pair_examples import TEXTS, examples, with_references
 from tiny_model import make_tokenizer, save_capped, save_tiny
 
+from deltaray.data.store import Store
 from deltaray.errors import StageError
 from deltaray.recipe.models import Student
 from deltaray.recipe.study import TrainingRun
 from deltaray.recipe.training import Generation, Run, Training
-from deltaray.store import Store
 from deltaray.train.checkpoint import Checkpoints
 from deltaray.train.engine import gathered_weights, join_process_group, stop_engine
 from deltaray.train.examples import Data

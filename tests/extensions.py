@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from deltaray.prompts import PromptRow
-from deltaray.prompts.rows import prompt_row
+from deltaray.data.prompts import PromptRow
+from deltaray.data.prompts.rows import prompt_row
 from deltaray.recipe.extensions import Extensions
 
 KINDS = ("self_talk", "related_query", "paraphrase", "repeat")

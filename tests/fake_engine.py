@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from deltaray.runtime import lastwords
+from deltaray.runtime import last_words
 
 VARIABLE = "FAKE_ENGINE"
 SLOW = 15.0
@@ -68,7 +68,7 @@ class FakeEngine:
     async def generate(self, unit: Mapping[str, Any]) -> list[list[dict[str, Any]]]:
         self.units += 1
         if self.behaviour.breaks:
-            lastwords.leave("the fake engine broke", RuntimeError(self.behaviour.breaks))
+            last_words.leave("the fake engine broke", RuntimeError(self.behaviour.breaks))
             os._exit(1)
         if self.behaviour.marks:
             _mark(Path(self.behaviour.marks), unit)
@@ -141,7 +141,7 @@ def _freeze_once(folder: Path) -> None:
 def main() -> None:
     """`deltaray` with fakes in every pool of teachers."""
     from deltaray import cli
-    from deltaray.generate import share
+    from deltaray.generate import engine_sharing
 
     behaviour = Behaviour(**json.loads(os.environ.get(VARIABLE, "{}")))
 
@@ -156,7 +156,7 @@ def main() -> None:
             stall_seconds=engine.stall_seconds,
         )
 
-    share.pool_spec = fake_pool
+    engine_sharing.pool_spec = fake_pool
     cli.main()
 
 

@@ -24,13 +24,13 @@ import httpx2
 import pyarrow.parquet as pq
 from completions_server import unit
 
-from deltaray.clean import Cleaner, printable
 from deltaray.errors import StageError
 from deltaray.generate.endpoint import Endpoint, EndpointSpec
+from deltaray.generate.search.retrievers import passages_in
 from deltaray.generate.stage import responses_table
 from deltaray.generate.stream import sound
 from deltaray.runtime.server import parsed
-from deltaray.search.retrievers import passages_in
+from deltaray.text import Cleaner, printable
 
 KEY = "plum-7Qz4/Ty81+vWc02mRx"
 SLOW = 5.0

@@ -16,9 +16,9 @@ import pyarrow.parquet as pq
 from fake_engine import Behaviour, answer_text
 from ruamel.yaml import YAML
 
-from deltaray.contracts import RESPONSES
-from deltaray.generate.identity import identity_digest
-from deltaray.store import Store
+from deltaray.data.contracts import RESPONSES
+from deltaray.data.store import Store
+from deltaray.generate.fingerprint import identity_digest
 
 Key = tuple[str, int]
 """(prompt_id, sample)"""

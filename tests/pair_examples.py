@@ -7,8 +7,8 @@ import pyarrow as pa
 import torch
 from tiny_model import make_tokenizer
 
-from deltaray.chat import prompt_ids
-from deltaray.response_tokens import Written, response_ids
+from deltaray.data.tokens.chat import prompt_ids
+from deltaray.data.tokens.response_tokens import Written, response_ids
 from deltaray.train.examples import Examples, Ragged
 from deltaray.train.formulas import LossSettings
 from deltaray.train.forward import Cutter, sides_of

@@ -4,12 +4,12 @@ from typing import Any
 
 import pyarrow as pa
 
-from deltaray.contracts import PAIRS, PROMPTS, RESPONSES
+from deltaray.data.contracts import PAIRS, PROMPTS, RESPONSES
+from deltaray.data.prompts.shards import shard_name
+from deltaray.data.store import Store
 from deltaray.pair.shard import pair_shard
-from deltaray.prompts.shards import shard_name
+from deltaray.pair.token_ids import files_by_shard, missing_tokens, tokenize_file
 from deltaray.recipe.models import Student
-from deltaray.store import Store
-from deltaray.tokens import files_by_shard, missing_tokens, tokenize_file
 
 TEACHERS = ("strong", "weak")
 

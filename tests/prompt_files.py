@@ -4,10 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from deltaray.prompts import (
-    PromptRow,
-    read_prompts,
-)
+from deltaray.data.prompts import PromptRow, read_prompts
 
 ROWS = [{"prompt": f"What is {n} + 1?", "answer": str(n + 1), "source": "sums"} for n in range(10)]
 TURNS = [

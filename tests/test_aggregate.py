@@ -15,19 +15,19 @@ from safetensors.torch import load_file
 from test_recipe import load, refusal
 from tiny_model import save_tiny
 
-from deltaray.aggregate.ranking import merged_deltas, ranked, validation_scores
-from deltaray.aggregate.results import aggregation
-from deltaray.aggregate.stage import demand_adapters, make_merge, missing_merges
-from deltaray.aggregate.table import aggregation_table, order_lines
-from deltaray.contracts import RESPONSES
-from deltaray.contracts import SCORES as SCORES_SCHEMA
+from deltaray.data.contracts import RESPONSES
+from deltaray.data.contracts import SCORES as SCORES_SCHEMA
+from deltaray.data.store import Store
 from deltaray.errors import UserError
 from deltaray.evaluate.results import evaluation_of, summarise
-from deltaray.plan import make_plan
+from deltaray.merge.aggregate.ranking import merged_deltas, ranked, validation_scores
+from deltaray.merge.aggregate.results import aggregation
+from deltaray.merge.aggregate.stage import demand_adapters, make_merge, missing_merges
+from deltaray.merge.aggregate.table import aggregation_table, order_lines
 from deltaray.recipe import Study, dump_recipe, expand
 from deltaray.report import write_report
 from deltaray.runtime.session import Capacity
-from deltaray.store import Store
+from deltaray.study.plan import make_plan
 
 RECIPE = """\
 name: study

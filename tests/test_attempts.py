@@ -8,10 +8,10 @@ import pyarrow as pa
 import pytest
 from test_sandbox import SECRET
 
-from deltaray.contracts import PROMPTS, RESPONSES
+from deltaray.data.contracts import PROMPTS, RESPONSES
+from deltaray.data.store import Store
 from deltaray.score import registry, stage
 from deltaray.score.response import Response, Score
-from deltaray.store import Store
 
 
 def make_unit(store: Store, texts: list[str], kind: str = "python_tests", **spec: Any) -> dict[str, Any]:

@@ -23,8 +23,8 @@ from ray.exceptions import RpcError
 from ruamel.yaml import YAML
 from tiny_model import save_tiny
 
-from deltaray.contracts import RESPONSES
-from deltaray.store import Store
+from deltaray.data.contracts import RESPONSES
+from deltaray.data.store import Store
 
 PROMPTS, UNIT, MOST = 80, 4, 3
 COMMANDS = (

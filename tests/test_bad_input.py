@@ -11,10 +11,10 @@ from ruamel.yaml import YAML
 from tiny_model import save_tiny
 
 from deltaray import cli
-from deltaray.pipeline import Pipeline
-from deltaray.prompts import PromptSource, read_prompts, store_prompts, store_source
+from deltaray.data.prompts import PromptSource, read_prompts, store_prompts, store_source
+from deltaray.data.store import Store
 from deltaray.recipe import load_recipe
-from deltaray.store import Store
+from deltaray.study.pipeline import Pipeline
 
 
 @pytest.fixture(scope="module")

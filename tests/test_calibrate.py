@@ -11,19 +11,19 @@ import pytest
 from conftest import deltaray
 from tiny_model import save_tiny
 
-from deltaray.calibrate.compare import compare
-from deltaray.calibrate.measure import check_clocks, sample_prompts
-from deltaray.calibrate.pace import beginnings, per_row, seconds_per_token
-from deltaray.calibrate.predict import Prediction, predict, schedule
-from deltaray.calibrate.records import Calibration, Mean, Measure, PoolMeasure
-from deltaray.calibrate.run import latest_prediction
-from deltaray.calibrate.timed import PARTS, TIMED, TimedSpec, timed_table
-from deltaray.contracts import RESPONSES
+from deltaray.data.contracts import RESPONSES
+from deltaray.data.store import Store
 from deltaray.errors import StageError
-from deltaray.pipeline import Pipeline
 from deltaray.recipe import load_recipe
 from deltaray.runtime.session import Capacity
-from deltaray.store import Store
+from deltaray.study.calibrate.compare import compare
+from deltaray.study.calibrate.measure import check_clocks, sample_prompts
+from deltaray.study.calibrate.pace import beginnings, per_row, seconds_per_token
+from deltaray.study.calibrate.predict import Prediction, predict, schedule
+from deltaray.study.calibrate.records import Calibration, Mean, Measure, PoolMeasure
+from deltaray.study.calibrate.run import latest_prediction
+from deltaray.study.calibrate.timed import PARTS, TIMED, TimedSpec, timed_table
+from deltaray.study.pipeline import Pipeline
 
 SLOTS = 32
 

@@ -10,8 +10,8 @@ from ray.train import TrainingFailedError
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from deltaray.errors import StageError, UserError
-from deltaray.runtime.failures import cause_of, failure_of, is_told, reason_of, told_in
-from deltaray.runtime.lastwords import root_cause
+from deltaray.failures import cause_of, failure_of, is_told, reason_of, told_in
+from deltaray.runtime.last_words import root_cause
 
 ADVICE = (
     "UDF failed to process a data block.\nFailed to apply UDF transform after 1/1 attempts (total backoff 0.0s).\n"

@@ -24,20 +24,21 @@ from fake_engine import Behaviour, FakeEngine, FakeSpec, answer_text, failure
 from lab import Lab, Reader, check_complete, generated_again, leftovers, prompt_id, published, rows_of
 from tiny_model import save_tiny
 
-import deltaray.generate.share
-import deltaray.pipeline
-from deltaray.contracts import REFERENCES, RESPONSES
+import deltaray.generate.engine_sharing
+import deltaray.study.pipeline
+from deltaray.data.contracts import REFERENCES, RESPONSES
+from deltaray.data.prompts.source import store_source
+from deltaray.data.store import Store
 from deltaray.errors import StageError
+from deltaray.generate.archive import supersede
 from deltaray.generate.pools import commit_unit
 from deltaray.generate.stage import responses_table, teacher_work
 from deltaray.generate.staging import publish
-from deltaray.generate.supersede import supersede
 from deltaray.generate.units import load_unit
-from deltaray.pipeline import Pipeline
-from deltaray.prompts.source import store_source
 from deltaray.recipe import Study, expand, load_recipe
-from deltaray.runtime.preflight import definitions, prompt_source
-from deltaray.store import Store
+from deltaray.study.checks import prompt_source
+from deltaray.study.definitions import definitions
+from deltaray.study.pipeline import Pipeline
 
 ray.cloudpickle.register_pickle_by_value(fake_engine)
 KILLS = 4
@@ -174,10 +175,12 @@ def test_units_of_a_sampling_that_was_left_wait_until_it_is_asked_for_again(tmp_
 @pytest.fixture
 def fakes(ray_session: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[[Behaviour], None]:
     """Sets how the engines behave in this process's Ray, which outlives the pipelines."""
-    monkeypatch.setattr(deltaray.pipeline, "stop_ray", lambda: None)
+    monkeypatch.setattr(deltaray.study.pipeline, "stop_ray", lambda: None)
 
     def behave(behaviour: Behaviour) -> None:
-        monkeypatch.setattr(deltaray.generate.share, "pool_spec", lambda teachers, capacity: FakeSpec(behaviour))
+        monkeypatch.setattr(
+            deltaray.generate.engine_sharing, "pool_spec", lambda teachers, capacity: FakeSpec(behaviour)
+        )
 
     return behave
 

@@ -13,12 +13,12 @@ import pyarrow as pa
 import pytest
 from rich.table import Table
 
-from deltaray.clean import Cleaner, keep_secret, printable, without_secrets
-from deltaray.clean import secrets as clean_secrets
-from deltaray.runtime.failures import reason_of
+from deltaray.cli.submit.follow import Follower
+from deltaray.data.storage.cells import csv_bytes
+from deltaray.failures import reason_of
 from deltaray.runtime.terminal import Terminal
-from deltaray.storage.cells import csv_bytes
-from deltaray.submit.follow import Follower
+from deltaray.text import Cleaner, keep_secret, printable, without_secrets
+from deltaray.text import secrets as clean_secrets
 
 
 def keys(count: int) -> Iterator[str]:

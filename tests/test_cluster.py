@@ -22,10 +22,10 @@ from deltaray import cli
 from deltaray.recipe import load_recipe, recipe_folder
 from deltaray.recipe.expand import expand
 from deltaray.recipe.recipe import Cluster
-from deltaray.runtime.cluster_file import BOUNDLESS, read_cluster_file
 from deltaray.runtime.demands import Bundle, NodeGroup, Nodes, demands, largest
-from deltaray.runtime.fits import fits
 from deltaray.runtime.session import Capacity, cluster_capacity
+from deltaray.study.cluster_file import BOUNDLESS, read_cluster_file
+from deltaray.study.fits import fits
 
 CLUSTER = ROOT / "cluster"
 CRDS = ROOT.parent / "shared" / "kuberay-crds"

@@ -9,21 +9,21 @@ import pyarrow as pa
 import pytest
 from answered import ask, respond
 
-from deltaray.contracts import PAIRS, REFERENCES, RESPONSES, SCORES
+from deltaray.data.contracts import PAIRS, REFERENCES, RESPONSES, SCORES
+from deltaray.data.store import Store
 from deltaray.errors import UserError
-from deltaray.evaluate.stage import CONCLUDED, _inputs, is_concluded
+from deltaray.evaluate.stage import _inputs, is_concluded
 from deltaray.pair.prompts import filter_digest
 from deltaray.pair.stage import inputs_of, is_paired
 from deltaray.recipe import Recipe, Study, expand
 from deltaray.recipe.filters import DuplicatePrompt
-from deltaray.reference.blocks import blocks_of, missing_blocks
 from deltaray.report import is_reported, write_report
 from deltaray.score.compare import AGREEMENT, is_compared
 from deltaray.score.compare import _inputs as compared
 from deltaray.score.stage import missing_scores, score_file
-from deltaray.stages import Stages
-from deltaray.store import Store
-from deltaray.train.outdated import note_pairs, outdated_in
+from deltaray.study.stages import Stages
+from deltaray.train.reference.blocks import blocks_of, missing_blocks
+from deltaray.train.staleness import note_pairs, outdated_in
 
 LISTS = ("tasks", "seeds", "claims", "comparisons", "differences")
 SUMMARY: dict[str, Any] = {key: [] for key in LISTS} | {"names": {}, "missing": {}}
@@ -163,7 +163,7 @@ def test_a_summary_of_other_answers_is_not_the_last_word(study: Study, store: St
     store.write_table(f"{folder}/part-00000.parquet", pa.Table.from_pylist([SCORE], schema=SCORES), SCORES)
     store.write_json("evaluation/summary.json", SUMMARY)
     assert not is_concluded(evaluated, store)  # as after a kill, or of an earlier version
-    store.write_json(CONCLUDED, {"inputs": _inputs(store)})
+    store.write_json(Store.evaluated, {"inputs": _inputs(store)})
     assert is_concluded(evaluated, store)
     rewrite(store, f"{folder}/part-00000.parquet", SCORES, score=0.0)
     assert not is_concluded(evaluated, store)

@@ -12,10 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 from prompt_files import read, text_of
 
+from deltaray.data.prompts import PromptSource
+from deltaray.data.prompts.preferences import KEY, Preference, read_preferences
+from deltaray.data.prompts.view import View
 from deltaray.errors import UserError
-from deltaray.prompts import PromptSource
-from deltaray.prompts.preferences import KEY, Preference, read_preferences
-from deltaray.prompts.view import View
 from deltaray.recipe.recipe import Preferences
 
 ROW = {"prompt": "Name a fish.", "chosen": "A trout.", "rejected": "A whale."}

@@ -10,16 +10,16 @@ import pyarrow as pa
 import pytest
 
 from deltaray import cli
-from deltaray.contracts import SCORES
+from deltaray.data.contracts import SCORES
+from deltaray.data.prompts import read_prompts
+from deltaray.data.store import Store
 from deltaray.errors import UserError, door
 from deltaray.limits import RECIPE_BYTES, SEEDS, STUDY_ITEMS
-from deltaray.prompts import read_prompts
+from deltaray.model_files.headers import tensors_of_file
 from deltaray.recipe import expand, load_recipe, shipped_recipe
 from deltaray.recipe.yaml import YamlError, read_yaml
 from deltaray.runtime.terminal import Terminal
-from deltaray.status import open_study
-from deltaray.store import Store
-from deltaray.weights.headers import tensors_of_file
+from deltaray.study.status import open_study
 
 RECIPE = """\
 name: study
@@ -311,7 +311,7 @@ def panic() -> None:
 def test_the_last_net_says_one_line_and_where_the_rest_is(
     failure, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("deltaray.status.study_status", lambda *_: failure())
+    monkeypatch.setattr("deltaray.study.status.study_status", lambda *_: failure())
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     with pytest.raises(SystemExit) as stop:
         cli.main(["status", "anywhere"])

@@ -14,8 +14,9 @@ from character_model import encode, make_model, make_tokenizer
 from deltaray.errors import UserError
 from deltaray.generate.metrics import EngineMetrics, short_name
 from deltaray.generate.requests import request_seed
-from deltaray.generate.spec import EngineSpec, lora_rank
+from deltaray.generate.spec import EngineSpec
 from deltaray.generate.weights import check_same_model
+from deltaray.model_files.lora import lora_rank
 
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vllm")
 SPEC = EngineSpec("some/model")
@@ -203,7 +204,7 @@ def test_without_ray_metrics_are_silent(monkeypatch):
 
 STANDING = """
 import signal, subprocess, sys, time
-from deltaray.generate.stall import StallWatch
+from deltaray.generate.watchdog import StallWatch
 watch = StallWatch(2, "some/model")
 for _ in range(4):  # each step in time, all of them together not
     with watch.step():

@@ -12,7 +12,9 @@ from completions_server import completion, serving
 from rich.console import Console
 from test_recipe import GOOD, load, refusal
 
-from deltaray.contracts import RESPONSES
+from deltaray.data.contracts import RESPONSES
+from deltaray.data.prompts import store_source
+from deltaray.data.store import Store
 from deltaray.errors import StageError, UserError
 from deltaray.evaluate import select
 from deltaray.evaluate.check import check_answers
@@ -20,17 +22,15 @@ from deltaray.evaluate.compare import check_names, compare, compare_all, compare
 from deltaray.evaluate.local import task_result, unscored_answers
 from deltaray.evaluate.results import evaluation_of, summarise
 from deltaray.evaluate.statistics import bootstrap_over_tasks, mean_and_stderr, paired_bootstrap, pass_at_k
-from deltaray.evaluate.suites import SUITES, expand_suites, missing_in
 from deltaray.evaluate.table import answers_text, comparison_table, result_table
+from deltaray.evaluate.tasks import task_sources
 from deltaray.evaluate.values import TaskValues
-from deltaray.prompts import store_source
 from deltaray.recipe import Recipe, Study, expand
 from deltaray.recipe.evaluation import Evaluation
+from deltaray.recipe.suites import SUITES, expand_suites, missing_in
 from deltaray.report import write_report
-from deltaray.runtime.preflight import task_sources
 from deltaray.runtime.session import Capacity
 from deltaray.score.stage import score_units
-from deltaray.store import Store
 
 
 # --- statistics ---------------------------------------------------------------------------------------------------

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from extensions import KINDS, SHARES, is_asked_as_user, row, section
 
-from deltaray.extend.rules import Draft, drawn_kind, echoes, exchanges, extended_row
-from deltaray.prompts.rows import prompt_row
+from deltaray.data.prompts.rows import prompt_row
+from deltaray.generate.extend.rules import Draft, drawn_kind, echoes, exchanges, extended_row
 
 
 # --- which prompts ----------------------------------------------------------------------------------------------

@@ -16,12 +16,15 @@ from paired import pair_all
 from prompt_files import write
 from tiny_model import make_tokenizer, save_tiny
 
-import deltaray.pipeline
-from deltaray.chat import prompt_ids
-from deltaray.contracts import EXTENSIONS, PROMPTS, RESPONSES
+import deltaray.study.pipeline
+from deltaray.data.contracts import EXTENSIONS, PROMPTS, RESPONSES
+from deltaray.data.prompts.source import check_source, store_source
+from deltaray.data.store import Store
+from deltaray.data.tokens.chat import prompt_ids
 from deltaray.errors import UserError
-from deltaray.extend.rules import drawn_kind
-from deltaray.extend.stage import (
+from deltaray.generate.extend.multi_turn import Talk
+from deltaray.generate.extend.rules import drawn_kind
+from deltaray.generate.extend.stage import (
     COUNTS,
     draw_origins,
     extension_work,
@@ -29,19 +32,17 @@ from deltaray.extend.stage import (
     is_extended,
     store_extended,
 )
-from deltaray.extend.talk import Talk
 from deltaray.generate.pools import commit_unit
 from deltaray.generate.requests import failed
 from deltaray.generate.staging import publish
 from deltaray.generate.units import load_unit
-from deltaray.pipeline import Pipeline
-from deltaray.plan import make_plan
-from deltaray.prompts.source import check_source, store_source
 from deltaray.recipe import Recipe, Study, expand
 from deltaray.recipe.check import check_recipe
-from deltaray.runtime.preflight import definitions, prompt_source
 from deltaray.runtime.session import Capacity
-from deltaray.store import Store
+from deltaray.study.checks import prompt_source
+from deltaray.study.definitions import definitions
+from deltaray.study.pipeline import Pipeline
+from deltaray.study.plan import make_plan
 
 
 # --- what is kept -----------------------------------------------------------------------------------------------
@@ -289,7 +290,7 @@ def says(request: dict[str, Any], attempt: int) -> Any:
 def test_generate_extends_first_and_asks_nobody_twice(
     ray_session: Any, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(deltaray.pipeline, "stop_ray", lambda: None)  # this process's Ray outlives the pipeline
+    monkeypatch.setattr(deltaray.study.pipeline, "stop_ray", lambda: None)  # this process's Ray outlives the pipeline
     tools = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
     rows: list[dict[str, Any]] = [{"prompt": f"what is {n}+{n}?", "source": "sums"} for n in range(PROMPTS_THERE)]
     path = write(tmp_path / "p.jsonl", [*rows, {"prompt": "use a tool", "tools": tools}])

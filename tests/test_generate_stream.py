@@ -23,7 +23,8 @@ from character_model import CHARACTERS, EOS, THINK, decode, encode, greedy_answe
 
 from deltaray.generate import stream
 from deltaray.generate.metrics import METRICS
-from deltaray.generate.spec import EngineSpec, lora_rank
+from deltaray.generate.spec import EngineSpec
+from deltaray.model_files.lora import lora_rank
 
 ray = pytest.importorskip("ray")
 if importlib.util.find_spec("vllm") is None:

@@ -12,14 +12,14 @@ import pytest
 
 JOB = """
 import os, sys, ray
-from deltaray.runtime import guard
+from deltaray.runtime import process_watchdog
 
 @ray.remote(num_cpus=0, lifetime="detached", name="guarded-" + sys.argv[2], max_restarts=0)
 class Left:
     def start(self, watched):
-        guard.INTERVAL = 0.2
+        process_watchdog.INTERVAL = 0.2
         if watched:
-            guard.guard()
+            process_watchdog.guard()
         return os.getpid()
 
 ray.init(address=sys.argv[1], log_to_driver=False, namespace="guard")
@@ -55,7 +55,7 @@ def test_an_actor_lives_as_long_as_its_job(ray_session: Any) -> None:
 
 FREEZING = """
 import subprocess, sys, time
-from deltaray.runtime.guard import end_if_frozen
+from deltaray.runtime.process_watchdog import end_if_frozen
 end_if_frozen(2.0)
 child = subprocess.Popen(["sleep", "1000"])
 print(child.pid, flush=True)

@@ -10,18 +10,18 @@ import pytest
 from conftest import ROOT, StudyRun
 from harness_yaml import write_tasks
 
-from deltaray.contracts import SAMPLES
+from deltaray.data.contracts import SAMPLES
+from deltaray.data.store import Store, numbers_of
 from deltaray.errors import UserError
 from deltaray.evaluate.check import check_harness
 from deltaray.evaluate.harness import missing_benchmarks, run_benchmarks
 from deltaray.evaluate.results import evaluation_of
 from deltaray.evaluate.samples import headline, values_by_document
-from deltaray.evaluate.suites import SUITES
 from deltaray.recipe import Recipe, Study, expand
 from deltaray.recipe.evaluation import HarnessTask
 from deltaray.recipe.models import Teacher
+from deltaray.recipe.suites import SUITES
 from deltaray.runtime.session import Capacity
-from deltaray.store import Store, numbers_of
 
 FAMILY = ROOT / "runs" / "miniature-family"
 PROBLEMS, SHOTS, LONGEST = 40, 8, 12
@@ -187,8 +187,8 @@ def test_rolling_log_likelihoods_are_those_of_transformers(models: dict[str, str
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
+    from deltaray.data.tokens import load_tokenizer
     from deltaray.evaluate.harness_model import HarnessModel
-    from deltaray.tokenizer import load_tokenizer
 
     theirs = HFLM(models["student"], dtype="float32", device="cpu", batch_size=1, max_length=30)
     text = "".join(f"{number}+{number + 7}={2 * number + 7}\n" for number in range(100, 112))

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from tiny_model import save_tiny
 
-from deltaray.generate.identity import generation_identity, identity_digest
+from deltaray.generate.fingerprint import generation_identity, identity_digest
 from deltaray.recipe.models import Teacher
 
 

@@ -10,12 +10,12 @@ import pytest
 from answered import ask, respond
 from character_model import BOS, EOS, FIRST, PIECES, SPECIAL, make_tokenizer
 
-from deltaray.contracts import RESPONSES, SCORES
+from deltaray.data.contracts import RESPONSES, SCORES
+from deltaray.data.store import Store
 from deltaray.recipe import Recipe, Study, expand
 from deltaray.runtime.session import Capacity
 from deltaray.score.compare import compare_scores, read_agreement
 from deltaray.score.stage import all_scores, missing_scores, score
-from deltaray.store import Store
 
 PROMPTS, SHARD, NONSENSE = 120, 50, 0.3
 ASPECTS = {"truth": "Is it so?", "style": "Is it nice?"}

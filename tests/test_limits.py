@@ -16,11 +16,14 @@ from test_tokenizer import CHATML, asks, made
 from tiny_model import make_model
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
-from deltaray.chat import prompts_ids
+from deltaray.data.tokens import load_tokenizer
+from deltaray.data.tokens.chat import prompts_ids
+from deltaray.data.tokens.check import check_tokenizer
+from deltaray.data.tokens.templates import _overruns, render
 from deltaray.errors import UserError
 from deltaray.evaluate.harness_limits import limited_scoring
-from deltaray.limited import Limited, OverLimitError, RaisedError
 from deltaray.merge.adapter import Adapter
+from deltaray.model_files.adapters import check_adapter
 from deltaray.pair.filters import text_filter
 from deltaray.recipe.filters import Keywords
 from deltaray.recipe.models import Model, Student
@@ -31,11 +34,8 @@ from deltaray.score.instructions import ifeval_scorer
 from deltaray.score.judge import parse_rating, parse_verdict
 from deltaray.score.response import Response, scored
 from deltaray.score.surface import STATISTICS, is_repetitive
-from deltaray.tokenizer import load_tokenizer
-from deltaray.tokenizer.check import check_tokenizer
-from deltaray.tokenizer.templates import _overruns, render
 from deltaray.train.adapter import with_adapter
-from deltaray.weights.adapters import check_adapter
+from deltaray.untrusted import Limited, OverLimitError, RaisedError
 
 CHAT = [
     {"role": "system", "content": "Be brief."},
@@ -65,10 +65,10 @@ HOSTILE = {
 @pytest.fixture(autouse=True)
 def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
     """What never ends is given up sooner than in a study."""
-    monkeypatch.setattr("deltaray.tokenizer.templates.SECONDS", 0.3)
-    monkeypatch.setattr("deltaray.tokenizer.templates.HURRIED", 0.3)
+    monkeypatch.setattr("deltaray.data.tokens.templates.SECONDS", 0.3)
+    monkeypatch.setattr("deltaray.data.tokens.templates.HURRIED", 0.3)
     monkeypatch.setattr("deltaray.pair.filters.SEARCH_SECONDS", 0.3)
-    monkeypatch.setattr("deltaray.merge.adapter.MATCH_SECONDS", 0.3)
+    monkeypatch.setattr("deltaray.model_files.lora.MATCH_SECONDS", 0.3)
     monkeypatch.setattr("deltaray.train.adapter.MATCH_SECONDS", 0.3)
     monkeypatch.setattr("deltaray.score.instructions.SECONDS", 0.5)
 
@@ -138,7 +138,7 @@ def test_one_hostile_row_is_the_failure_of_that_row(tmp_path: Path) -> None:
 
 def test_the_process_is_quiet_bare_and_ends_with_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOME_API_KEY", "planted-4471")
-    beside = Limited("deltaray.limited.patterns", 1.0, 64)
+    beside = Limited("deltaray.untrusted.patterns", 1.0, 64)
     assert beside.call("found", "B+", "abbc") is True
     process = beside._process
     assert process is not None and b"planted" not in Path(f"/proc/{process.pid}/environ").read_bytes()
@@ -156,7 +156,7 @@ def test_the_process_is_quiet_bare_and_ends_with_ours(monkeypatch: pytest.Monkey
 
 def test_limits_hold_whatever_our_process_does_with_signals() -> None:
     """A worker may ignore or block what ends the process beside; and who is killed while idle is started again."""
-    beside, kept = Limited("deltaray.limited.patterns", 0.3, 64), signal.signal(signal.SIGPROF, signal.SIG_IGN)
+    beside, kept = Limited("deltaray.untrusted.patterns", 0.3, 64), signal.signal(signal.SIGPROF, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGPROF])
     try:
         with pytest.raises(OverLimitError, match=r"it takes more than 0\.3 s of computing"):
@@ -171,9 +171,9 @@ def test_limits_hold_whatever_our_process_does_with_signals() -> None:
 
 
 def test_a_module_that_cannot_be_imported_says_so() -> None:
-    beside = Limited("deltaray.limited.nowhere", 1.0, 64)
+    beside = Limited("deltaray.untrusted.nowhere", 1.0, 64)
     for _ in range(2):
-        with pytest.raises(RaisedError, match=r"No module named 'deltaray\.limited\.nowhere'"):
+        with pytest.raises(RaisedError, match=r"No module named 'deltaray\.untrusted\.nowhere'"):
             beside.call("f")
 
 

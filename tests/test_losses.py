@@ -15,7 +15,7 @@ from deltaray.train.attention import PACKED
 from deltaray.train.deepspeed_config import deepspeed_config
 from deltaray.train.formulas import LossSettings
 from deltaray.train.logprobs import ResponseLogProbs
-from deltaray.train.passes import batch_at, plan_passes
+from deltaray.train.micro_batches import batch_at, plan_passes
 from deltaray.train.schedule import learning_rate, total_steps
 
 

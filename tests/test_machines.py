@@ -22,9 +22,9 @@ from machine_cluster import PROGRAMS, MachineCluster, machine_cluster, title
 from machines import Machine, clocks, network, unavailable
 from tiny_model import save_tiny
 
-import deltaray.pipeline
-from deltaray.pipeline import Pipeline
+import deltaray.study.pipeline
 from deltaray.recipe import load_recipe
+from deltaray.study.pipeline import Pipeline
 from deltaray.train.network import interface_of
 
 REASON = unavailable(*PROGRAMS)
@@ -121,7 +121,7 @@ def test_misfortunes_cost_no_response_and_no_pair_and_change_no_bit(
 
 def trained_here(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The same responses, all after them done again by this process's Ray on this machine, which is left alone."""
-    monkeypatch.setattr(deltaray.pipeline, "stop_ray", lambda: None)
+    monkeypatch.setattr(deltaray.study.pipeline, "stop_ray", lambda: None)
     out = lab.folder / "here"
     shutil.copytree(lab.out, out, ignore=lambda _, names: AFTER & {*names})
     lab.settings |= {"cluster": {}, "out": str(out)}

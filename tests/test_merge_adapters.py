@@ -14,7 +14,7 @@ from deltaray.errors import UserError
 from deltaray.merge.adapter import Adapter
 from deltaray.merge.methods import METHODS
 from deltaray.merge.run import RECORD
-from deltaray.merge.write import TensorFile
+from deltaray.model_files.tensor_file import TensorFile
 
 Q = "model.layers.0.self_attn.q_proj"
 

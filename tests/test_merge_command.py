@@ -81,7 +81,7 @@ def test_the_readmes_commands_are_understood(tmp_path, pair, monkeypatch, capfd)
 def test_merging_needs_neither_ray_nor_peft(tmp_path, pair):
     """It starts in a second, and where only torch is installed."""
     code = (
-        "import sys; from pathlib import Path; from deltaray.merge.asked import Merge; "
+        "import sys; from pathlib import Path; from deltaray.merge.arguments import Merge; "
         "from deltaray.merge.run import merge_adapters; "
         f"merge_adapters(Merge([Path({str(pair[0])!r})]), Path({str(tmp_path / 'out')!r})); "
         "print([name for name in ('ray', 'peft', 'transformers', 'vllm', 'deepspeed') if name in sys.modules])"

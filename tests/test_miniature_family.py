@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from deltaray.miniature import make, sections, strings, task, tokenizer
-from deltaray.miniature.family import (
+from deltaray.labs.miniature import make, sections, strings, task, tokenizer
+from deltaray.labs.miniature.family import (
     AREAS,
     FAMILIES,
     FAMILY,
@@ -25,8 +25,8 @@ from deltaray.miniature.family import (
     Earlier,
     family_splits,
 )
-from deltaray.miniature.fit import build_model, train_model
-from deltaray.miniature.member import TRAINING
+from deltaray.labs.miniature.fit import build_model, train_model
+from deltaray.labs.miniature.member import TRAINING
 
 TINY = dataclasses.replace(LADDER[0], steps=3)
 

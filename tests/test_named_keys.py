@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from test_security import WEAK, load, recipe
 
-from deltaray.clean import Cleaner
 from deltaray.errors import UserError
 from deltaray.recipe import load_recipe
+from deltaray.text import Cleaner
 
 SERVED = {"url": "https://host/v1", "key_variable": "HOUSE"}
 OF_THE_HOUSE = "maple-in-the-garden"

@@ -9,13 +9,13 @@ import pyarrow.dataset
 import pyarrow.parquet as pq
 import pytest
 
-from deltaray.contracts import PAIRS, PROMPTS, REFERENCES, RESPONSES, SAMPLES, SCORES
+from deltaray.data.contracts import PAIRS, PROMPTS, REFERENCES, RESPONSES, SAMPLES, SCORES
+from deltaray.data.store import Store, number_of, numbers_of
 from deltaray.errors import UserError
 from deltaray.evaluate.samples import store_samples
 from deltaray.pair.describe import delta_path
-from deltaray.runtime.upgrade import move_records
 from deltaray.score.compare import AGREEMENT
-from deltaray.store import Store, number_of, numbers_of
+from deltaray.study.upgrade import move_records
 
 TEACHERS = ("7", "8")  # names that look like numbers in a folder's name
 FOLDERS: dict[str, tuple[int, list[str]]] = {

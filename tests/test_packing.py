@@ -11,8 +11,8 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig, MistralConfig, Mis
 from transformers import Qwen3ForCausalLM as Qwen3
 
 from deltaray.train.attention import PACKED
+from deltaray.train.attention_layout import Layout
 from deltaray.train.examples import cut
-from deltaray.train.layout import Layout
 from deltaray.train.logprobs import ResponseLogProbs
 from deltaray.train.packing import pack, pad
 

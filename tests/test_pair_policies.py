@@ -12,14 +12,14 @@ import pytest
 from answered import ask, respond
 from tiny_model import save_tiny
 
-from deltaray.contracts import PAIRS
+from deltaray.data.contracts import PAIRS
+from deltaray.data.store import Store
 from deltaray.errors import UserError
 from deltaray.pair.describe import is_described
 from deltaray.pair.removed import EXAMPLES, REMOVED, removed_table
 from deltaray.pair.stage import is_paired, pair
 from deltaray.recipe import Recipe, Study, expand
 from deltaray.score.stage import score
-from deltaray.store import Store
 
 PROMPTS, SAMPLES = 30, 3
 TEACHERS = ("big", "mid", "low")
@@ -257,7 +257,7 @@ def test_pair_shards_open_as_a_data_set_of_preferences(planted: tuple[Store, Stu
 
 
 def test_a_pool_is_referenced_as_a_whole(student: str, tmp_path: Path) -> None:
-    from deltaray.reference.stage import references_needed
+    from deltaray.train.reference.stage import references_needed
 
     study = study_at(tmp_path, student, {"worst": POOL})
     training = {"runs": {"delta": {"pairing": "worst", "learning_rate": 1e-5}}}

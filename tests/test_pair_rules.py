@@ -5,12 +5,12 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from deltaray.contracts import PAIRS, PROMPTS
+from deltaray.data.contracts import PAIRS, PROMPTS
+from deltaray.data.tokens.response_tokens import THOUGHTS
 from deltaray.pair.funnel import merge_funnels, stage
 from deltaray.pair.join import candidates, pick_by_sample
 from deltaray.pair.rules import draw_key, rules
-from deltaray.recipe.deltas import Pairing
-from deltaray.response_tokens import THOUGHTS
+from deltaray.recipe.pairing import Pairing
 
 
 def prompts(ids: str) -> pa.Table:

@@ -7,12 +7,12 @@ import pyarrow as pa
 import pytest
 from tiny_model import save_tiny
 
-from deltaray.contracts import PAIRS, RESPONSES, SCORES
+from deltaray.data.contracts import PAIRS, RESPONSES, SCORES
+from deltaray.data.prompts import store_prompts
+from deltaray.data.store import Store
 from deltaray.pair.stage import is_paired, pair
-from deltaray.prompts import store_prompts
 from deltaray.recipe import Recipe, Study, expand
 from deltaray.score.stage import missing_scores, score
-from deltaray.store import Store
 
 PROMPTS = 42  # six shards of 7
 

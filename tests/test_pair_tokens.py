@@ -7,12 +7,12 @@ import pyarrow as pa
 import pytest
 from tiny_model import TEMPLATE, make_tokenizer, save_tiny
 
-from deltaray.contracts import PAIRS, PROMPTS, RESPONSES
+from deltaray.data.contracts import PAIRS, PROMPTS, RESPONSES
+from deltaray.data.store import Store
 from deltaray.pair.shard import pair_shard
 from deltaray.pair.stage import _Notes
+from deltaray.pair.token_ids import files_by_shard, missing_tokens, tokenize_file
 from deltaray.recipe.models import Student, Teacher
-from deltaray.store import Store
-from deltaray.tokens import files_by_shard, missing_tokens, tokenize_file
 
 FUSSY = "{% if 'bad' in messages[0]['content'] %}{{ messages[0]['content'] + 1 }}{% endif %}" + TEMPLATE
 SHARD = f"{Store.prompts}/00000.parquet"

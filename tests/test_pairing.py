@@ -15,7 +15,7 @@ from deltaray.pair.policies import POLICIES, Offer, draw_offers, policy_of
 from deltaray.pair.prompts import _Seen, index_of, is_contaminated
 from deltaray.pair.rules import rules
 from deltaray.recipe.check_pairing import check_pairing
-from deltaray.recipe.deltas import Draw, Pairing
+from deltaray.recipe.pairing import Draw, Pairing
 from deltaray.recipe.scorers import Judge, Surface
 from deltaray.score.surface import is_repetitive, repeated_phrases, repeated_sentences
 
@@ -293,7 +293,7 @@ def test_a_library_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -
 
 def test_what_is_missing_is_told_before_anything_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     from deltaray.recipe import Recipe, expand
-    from deltaray.runtime.preflight import check_deltas
+    from deltaray.study.checks import check_deltas
 
     def study(*filters: dict[str, Any], **scorers: dict[str, Any]) -> Any:
         two = {"chosen": "a", "rejected": "b", "filters": list(filters)}

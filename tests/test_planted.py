@@ -14,7 +14,7 @@ from completions_server import Reply, completion, ok, prompt_of, refusal, servin
 from conftest import deltaray
 from ruamel.yaml import YAML
 
-from deltaray.clean import Cleaner
+from deltaray.text import Cleaner
 
 KEYS = {"teacher": "Tq7/plantedOak+41xZ", "judge": "jd-planted-elm-9c-2b7f", "passed": "planted-in-the-house-31"}
 ANSWERS = 12

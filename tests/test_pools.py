@@ -12,20 +12,20 @@ import ray
 from fake_engine import Behaviour, FakeSpec
 from tiny_model import save_tiny
 
-from deltaray.contracts import RESPONSES
+from deltaray.data.contracts import RESPONSES
+from deltaray.data.prompts import store_prompts
+from deltaray.data.store import Store
 from deltaray.errors import StageError
-from deltaray.generate import share
+from deltaray.failures import cause_of
+from deltaray.generate import engine_sharing
 from deltaray.generate.answer import Work, answer, work_of
 from deltaray.generate.pools import Pool, describe
 from deltaray.generate.stage import responses_table
 from deltaray.generate.stream import stream_units
 from deltaray.generate.units import Assignment
-from deltaray.prompts import store_prompts
 from deltaray.recipe.models import Endpoint, Sampling, Teacher
 from deltaray.recipe.recipe import Failures
-from deltaray.runtime.failures import cause_of
 from deltaray.runtime.session import Capacity
-from deltaray.store import Store
 
 ray.cloudpickle.register_pickle_by_value(fake_engine)
 UNITS = 24
@@ -57,8 +57,10 @@ def test_a_pool_grows_shares_the_cluster_and_gives_it_back(
     marks, store = tmp_path / "marks", Store(str(tmp_path / "out"))
     marks.mkdir()
     spec = FakeSpec(Behaviour(delay=0.05, marks=str(marks), replicas=2), cpus=2, max_replicas=3, requests_in_flight=2)
-    monkeypatch.setattr(share, "pool_spec", lambda teachers, capacity: spec)
-    monkeypatch.setattr(share, "_engine_key", lambda teacher, adapted: teacher.model_dump_json() + str(id(teacher)))
+    monkeypatch.setattr(engine_sharing, "pool_spec", lambda teachers, capacity: spec)
+    monkeypatch.setattr(
+        engine_sharing, "_engine_key", lambda teacher, adapted: teacher.model_dump_json() + str(id(teacher))
+    )
     works = [work(store, tokenizer, name) for name in ("a", "b")]
     said: list[str] = []
     everything = ray.cluster_resources()["CPU"]
@@ -135,12 +137,12 @@ def test_models_of_one_architecture_share_an_engine_and_adapters_their_base(toke
         "larger": Teacher(model=larger),
         "server": Teacher(model="m", endpoint=Endpoint(url="http://localhost:1/v1")),
     }
-    pools = share.shared_pools([(teacher, [unit(name)]) for name, teacher in teachers.items()], Capacity(8, 0))
+    pools = engine_sharing.shared_pools([(teacher, [unit(name)]) for name, teacher in teachers.items()], Capacity(8, 0))
     assert names(pools) == [["one", "two"], ["larger"], ["server"]]
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 8}))
     (adapter / "adapter_model.safetensors").touch()
     teachers["adapted"] = Teacher(model=tokenizer, adapter=str(adapter))
-    pools = share.shared_pools([(teacher, [unit(name)]) for name, teacher in teachers.items()], Capacity(8, 0))
+    pools = engine_sharing.shared_pools([(teacher, [unit(name)]) for name, teacher in teachers.items()], Capacity(8, 0))
     assert names(pools) == [["one", "adapted"], ["two"], ["larger"], ["server"]]

@@ -8,15 +8,15 @@ from typing import Any
 import pytest
 from tiny_model import save_tiny
 
-from deltaray.contracts import PAIRS, RESPONSES
+from deltaray.data.contracts import PAIRS, RESPONSES
+from deltaray.data.prompts.preferences import check_preferences, preference_row, read_preferences, store_preferences
+from deltaray.data.prompts.rows import RowError
+from deltaray.data.store import Store
 from deltaray.errors import UserError
 from deltaray.pair.stage import pair
-from deltaray.prompts.preferences import check_preferences, preference_row, read_preferences, store_preferences
-from deltaray.prompts.rows import RowError
 from deltaray.recipe import Recipe, expand, load_recipe
 from deltaray.recipe.recipe import Preferences
 from deltaray.score.stage import missing_scores, score
-from deltaray.store import Store
 
 USER = {"role": "user", "content": "2+2="}
 BETTER, WORSE = ({"role": "assistant", "content": text} for text in "45")
@@ -144,11 +144,11 @@ def _check_training(store: Store, study: Any) -> None:
     """References of both sides, and the examples of a run that needs them."""
     from dataclasses import asdict
 
-    from deltaray.reference.blocks import missing_blocks
-    from deltaray.reference.stage import references_needed
-    from deltaray.reference.worker import ReferenceWorker
-    from deltaray.tokenizer import load_tokenizer
+    from deltaray.data.tokens import load_tokenizer
     from deltaray.train.examples import read_data
+    from deltaray.train.reference.blocks import missing_blocks
+    from deltaray.train.reference.stage import references_needed
+    from deltaray.train.reference.worker import ReferenceWorker
 
     student, run = study.students["student"], study.runs["delta"]
     worker = ReferenceWorker(store, "student", student, study.recipe.training)

@@ -10,9 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 from prompt_files import ROWS, TURNS, read, write
 
-from deltaray.contracts import MESSAGES, PROMPTS
-from deltaray.errors import UserError
-from deltaray.prompts import (
+from deltaray.data.contracts import MESSAGES, PROMPTS
+from deltaray.data.prompts import (
     PromptSource,
     check_source,
     read_prompts,
@@ -23,8 +22,9 @@ from deltaray.prompts import (
     store_prompts,
     store_source,
 )
-from deltaray.prompts.rows import prompt_row
-from deltaray.store import Store
+from deltaray.data.prompts.rows import prompt_row
+from deltaray.data.store import Store
+from deltaray.errors import UserError
 
 
 # --- shards -----------------------------------------------------------------------------------------------------
@@ -175,8 +175,8 @@ def test_a_file_that_changes_while_it_is_read_gets_no_record(tmp_path: Path, mon
 # --- memory -----------------------------------------------------------------------------------------------------
 PEAK = """
 import sys
-from deltaray.prompts import PromptSource, check_source, store_source
-from deltaray.store import Store
+from deltaray.data.prompts import PromptSource, check_source, store_source
+from deltaray.data.store import Store
 
 def kib(name):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name))

@@ -9,17 +9,13 @@ import pyarrow.parquet as pq
 import pytest
 from prompt_files import ROWS, TURNS, read, text_of, write
 
-from deltaray.contracts import PROMPTS
+from deltaray.data.contracts import PROMPTS
+from deltaray.data.prompts import PromptSource, store_prompts, store_source
+from deltaray.data.prompts.rows import prompt_row
+from deltaray.data.prompts.view import View
+from deltaray.data.store import Store
 from deltaray.errors import UserError
-from deltaray.prompts import (
-    PromptSource,
-    store_prompts,
-    store_source,
-)
-from deltaray.prompts.rows import prompt_row
-from deltaray.prompts.view import View
 from deltaray.recipe.source import Source
-from deltaray.store import Store
 
 
 # --- forms ------------------------------------------------------------------------------------------------------

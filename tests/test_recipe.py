@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 
 from deltaray.errors import UserError
-from deltaray.pipeline import Pipeline
 from deltaray.recipe import Recipe, dump_recipe, expand, load_recipe, recipe_folder
 from deltaray.recipe.filters import Correctness, LengthGap
-from deltaray.reference.stage import references_needed
+from deltaray.study.pipeline import Pipeline
+from deltaray.train.reference.stage import references_needed
 
 GOOD = """\
 name: study

@@ -15,19 +15,19 @@ import pytest
 from completions_server import KEY, Reply, ask, completion, ok, prompt_of, refusal, serving, unit
 from fuzz_replies import fuzz
 
-from deltaray.clean import Cleaner
+from deltaray.data.prompts.rows import prompt_row
+from deltaray.data.prompts.turns import RowError
 from deltaray.errors import StageError, UserError
 from deltaray.generate import completions
 from deltaray.generate.completions import output_of, retry_after
 from deltaray.generate.endpoint import EndpointSpec, check_endpoint
-from deltaray.prompts.rows import prompt_row
-from deltaray.prompts.turns import RowError
+from deltaray.generate.search.engine import AnswerError, Searching
+from deltaray.generate.search.retrievers import Server
 from deltaray.recipe.models import Endpoint
 from deltaray.recipe.search import Search
 from deltaray.runtime import server as door
 from deltaray.runtime.server import parsed
-from deltaray.search.engine import AnswerError, Searching
-from deltaray.search.retrievers import Server
+from deltaray.text import Cleaner
 
 
 @pytest.fixture(autouse=True)

@@ -9,10 +9,10 @@ import trl
 from real_tokenizers import real_tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from deltaray.answer_frame import frame_of
-from deltaray.chat import RefusedError, prompt_ids
-from deltaray.response_tokens import THOUGHTS, Written, response_ids
-from deltaray.tokenizer import turn_end_ids
+from deltaray.data.tokens import turn_end_ids
+from deltaray.data.tokens.answer_frame import frame_of
+from deltaray.data.tokens.chat import RefusedError, prompt_ids
+from deltaray.data.tokens.response_tokens import THOUGHTS, Written, response_ids
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 LLAMA2 = (

@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from test_train import fill_store, metrics_of
 from tiny_model import save_tiny
 
+from deltaray.data.store import Store
 from deltaray.recipe import Recipe, expand
-from deltaray.reference.stage import reference
-from deltaray.store import Store
+from deltaray.train.reference.stage import reference
 from deltaray.train.stage import train
 
 STEPS = 20

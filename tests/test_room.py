@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from deltaray.runtime import room
-from deltaray.runtime.room import Crowd, RoomWatch, look
+from deltaray.runtime import scheduling_hints
+from deltaray.runtime.scheduling_hints import Crowd, RoomWatch, look
 
 HOLDER = """
 import ray, sys, time
@@ -48,7 +48,7 @@ def test_the_words_name_what_waits_what_is_free_and_who_has_the_rest() -> None:
 
 def test_another_jobs_room_is_seen_and_told_once(ray_session: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"INTERVAL": 0.2, "PATIENCE": 1.0}.items():
-        monkeypatch.setattr(room, name, value)
+        monkeypatch.setattr(scheduling_hints, name, value)
     address = ray_session.get_runtime_context().gcs_address
     with subprocess.Popen([sys.executable, "-c", HOLDER, address], stdout=subprocess.PIPE, text=True) as other:
         try:
@@ -74,8 +74,8 @@ def test_another_jobs_room_is_seen_and_told_once(ray_session: Any, monkeypatch: 
 
 def test_progress_is_not_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"INTERVAL": 0.02, "PATIENCE": 0.5}.items():
-        monkeypatch.setattr(room, name, value)
-    monkeypatch.setattr(room, "look", lambda: Crowd([({"CPU": 1}, 1)], {}, []))
+        monkeypatch.setattr(scheduling_hints, name, value)
+    monkeypatch.setattr(scheduling_hints, "look", lambda: Crowd([({"CPU": 1}, 1)], {}, []))
     said: list[str] = []
     with RoomWatch(time.monotonic, said.append):
         time.sleep(1.2)

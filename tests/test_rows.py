@@ -11,15 +11,18 @@ import pytest
 from answered import ask, respond
 from tiny_model import make_tokenizer
 
-from deltaray.contracts import PROMPTS, RESPONSES, SCORES
+from deltaray.data.contracts import PROMPTS, RESPONSES, SCORES
+from deltaray.data.prompts import store_prompts
+from deltaray.data.store import Store
 from deltaray.errors import StageError, UserError
-from deltaray.extend.talk import Talk
 from deltaray.generate.answer import refuse_failed, work_of
+from deltaray.generate.extend.multi_turn import Talk
 from deltaray.generate.pools import _Progress
 from deltaray.generate.requests import failed, sound
+from deltaray.generate.search import engine as search_engine
+from deltaray.generate.search.engine import Searching
 from deltaray.generate.stage import responses_table
 from deltaray.generate.units import Assignment, each_ids, load_unit
-from deltaray.prompts import store_prompts
 from deltaray.recipe import Recipe, expand
 from deltaray.recipe.extensions import Extensions
 from deltaray.recipe.models import Endpoint, Sampling, Teacher
@@ -33,9 +36,6 @@ from deltaray.score.judging import forget_failed, score_judged, write_questions
 from deltaray.score.response import Response, Score, scored
 from deltaray.score.rewards import RewardWorker
 from deltaray.score.stage import refuse_unscored, response_scoring, score_file
-from deltaray.search import engine as search_engine
-from deltaray.search.engine import Searching
-from deltaray.store import Store
 
 
 class PanicException(BaseException):

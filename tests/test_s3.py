@@ -29,19 +29,18 @@ from test_store import (  # noqa: F401 (the promises of every store, here with t
 from tiny_model import save_tiny
 
 from deltaray import cli
-from deltaray.contracts import RESPONSES
+from deltaray.data.contracts import RESPONSES
+from deltaray.data.prompts import read_prompts, store_prompts
+from deltaray.data.store import Store
 from deltaray.errors import UserError
-from deltaray.generate.staging import UNITS
-from deltaray.prompts import read_prompts, store_prompts
 from deltaray.recipe import dump_recipe, load_recipe
-from deltaray.store import Store
 
 PART = 10 << 20
 """Bytes from which on pyarrow sends an object in parts."""
 BIG = 2 * PART + 1000
 WRITER = """
 import sys
-from deltaray.store import Store
+from deltaray.data.store import Store
 Store(sys.argv[1]).write_bytes(sys.argv[2], bytes([int(sys.argv[3])]) * int(sys.argv[4]))
 """
 
@@ -293,7 +292,7 @@ def test_status_counts_what_is_published_and_what_waits(recipe: Path, command: C
     store = Store(loaded.out)
     store.write_bytes("recipe.yaml", dump_recipe(loaded).encode())
     store_prompts(store, read_prompts(str(recipe.parent / "prompts.jsonl"), "prompts.path"), 4)
-    published, waiting = Store.responses("strong"), f"{UNITS}/{Store.responses('strong')}/0123456789ab/part-00001"
+    published, waiting = Store.responses("strong"), f"{Store.units}/{Store.responses('strong')}/0123456789ab/part-00001"
     empty, broken = responses("strong", [0], "empty answer"), responses("strong", [1], "engine error: a: b")
     store.write_table(f"{published}/part-00000-a.parquet", responses("strong", [2, 3]), RESPONSES)
     store.write_table(f"{published}/part-00000-b.parquet", pa.concat_tables([empty, broken]), RESPONSES)
@@ -327,7 +326,7 @@ def test_a_study_lives_on_s3(recipe: Path, command: Callable[..., str]) -> None:
     store = Store(load_recipe(recipe).out)
     keys = store.read_tables(Store.responses("strong"), RESPONSES, ["prompt_id", "sample"]).to_pylist()
     assert sorted((row["prompt_id"], row["sample"]) for row in keys) == [(str(n), s) for n in range(10) for s in (0, 1)]
-    assert not store.listing(UNITS) and len(store.committed(Store.pairs("delta"))) == 3
+    assert not store.listing(Store.units) and len(store.committed(Store.pairs("delta"))) == 3
     assert command("report", store.out).strip() == store.address("report.html")
     assert b"remote" in store.read_bytes("report.html")
     for words in (("plan", str(recipe)), ("status", store.out)):

@@ -17,7 +17,7 @@ import pytest
 
 from deltaray.errors import UserError
 from deltaray.recipe.scorers import PythonTests
-from deltaray.score import sandbox
+from deltaray.score.programs import sandbox
 from deltaray.score.response import Response, scored
 
 NOBODY = 65534

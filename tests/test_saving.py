@@ -12,12 +12,12 @@ from safetensors.torch import load_file
 from tiny_model import TEMPLATE, make_tokenizer, save_tiny
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, GenerationConfig
 
+from deltaray.data.tokens import load_tokenizer
 from deltaray.errors import UserError
+from deltaray.model_files.headers import tensors_of_model
 from deltaray.recipe.models import Student
-from deltaray.runtime.check_models import check_model
-from deltaray.tokenizer import load_tokenizer
+from deltaray.study.check_models import check_model
 from deltaray.train.saving import write_student
-from deltaray.weights.headers import tensors_of_model
 
 
 def train_and_save(source: Path, folder: Path, **settings: Any) -> Any:

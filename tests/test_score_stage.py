@@ -10,7 +10,8 @@ from answered import ask, respond
 from completions_server import completion, prompt_of, refusal, serving
 from tiny_model import make_tokenizer
 
-from deltaray.contracts import RESPONSES, SCORES
+from deltaray.data.contracts import RESPONSES, SCORES
+from deltaray.data.store import Store, numbers_of
 from deltaray.recipe import Recipe, Study, expand
 from deltaray.recipe.scorers import RewardModel
 from deltaray.runtime.session import Capacity
@@ -18,7 +19,6 @@ from deltaray.score.compare import AGREEMENT, agreement_tables, compare_scores, 
 from deltaray.score.judging import _judged_slices, forget_failed
 from deltaray.score.rewards import RewardWorker
 from deltaray.score.stage import all_scores, missing_scores, response_scoring, score
-from deltaray.store import Store, numbers_of
 
 PROMPTS, SHARD = 24, 10
 NONSENSE = 7

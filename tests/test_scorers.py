@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from deltaray.recipe.scorers import Judge, PythonTests
-from deltaray.score import sandbox
 from deltaray.score.answers import fenced_blocks, final_letter, final_number
 from deltaray.score.files import is_drawn
 from deltaray.score.judge import parse_rating, parse_verdict, questions_of, score_of
+from deltaray.score.programs import sandbox
 from deltaray.score.registry import SCORERS, section_of
 from deltaray.score.response import Response, Score
 from deltaray.score.surface import STATISTICS
@@ -239,7 +239,7 @@ def test_programs_cannot_change_files(tmp_path: Path) -> None:
 
 
 def test_a_machine_that_cannot_confine_runs_nothing() -> None:
-    from deltaray.score.confined import seccomp_program
+    from deltaray.score.programs.confinement import seccomp_program
 
     with pytest.raises(OSError, match="no table of system calls"):
         seccomp_program("riscv64")

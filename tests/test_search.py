@@ -14,16 +14,16 @@ import pytest
 from ruamel.yaml import YAML
 from searching_model import FACTS, TOPICS, make_tokenizer, save_searcher
 
+from deltaray.data.store import Store
 from deltaray.errors import StageError, UserError
 from deltaray.evaluate.local import task_result, values_by_prompt
 from deltaray.evaluate.stage import all_tasks, answer_tasks, evaluation_work, store_task_prompts
+from deltaray.generate.search.corpus import check_corpus, corpus_digest, passages_of
+from deltaray.generate.search.react_trace import Trail, asked_for, final_answer, shown
+from deltaray.generate.search.retrievers import Server, passages_in
 from deltaray.recipe import Recipe, Study, expand, load_recipe
 from deltaray.recipe.search import Corpus, Search
 from deltaray.runtime.session import Capacity
-from deltaray.search.corpus import check_corpus, corpus_digest, passages_of
-from deltaray.search.retrievers import Server, passages_in
-from deltaray.search.trail import Trail, asked_for, final_answer, shown
-from deltaray.store import Store
 
 RULES = Search(url="http://nowhere/retrieve")
 Rows = list[dict[str, Any]]
@@ -122,7 +122,7 @@ def test_an_index_is_made_once_and_again_for_other_passages(tmp_path: Path, monk
     first = corpus_digest(corpus)
     assert passages_of(corpus).find(["pears"], 1) == [["two pears"]]
     with monkeypatch.context() as other:
-        other.setattr("deltaray.search.corpus._make", None)  # would fail
+        other.setattr("deltaray.generate.search.corpus._make", None)  # would fail
         assert passages_of(corpus).find(["apple"], 1) == [["one apple"]]
     write(tmp_path / "corpus.jsonl", [{"text": "one apple"}, {"text": "two beans"}])
     assert corpus_digest(corpus) != first and passages_of(corpus).find(["pears", "beans"], 1) == [[], ["two beans"]]

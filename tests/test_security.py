@@ -20,13 +20,13 @@ from packaging.utils import canonicalize_name
 from ruamel.yaml import YAML
 from tiny_model import save_tiny
 
+from deltaray.data.store import Store
 from deltaray.errors import UserError
 from deltaray.recipe import Recipe, load_recipe
 from deltaray.recipe.models import Model, Student, Teacher
 from deltaray.recipe.scorers import RewardModel
-from deltaray.runtime.preflight import check_model
 from deltaray.score.rewards import RewardWorker
-from deltaray.store import Store
+from deltaray.study.check_models import check_model
 from deltaray.train.checkpoint import Checkpoints, _checksum
 from deltaray.train.student import load_module
 

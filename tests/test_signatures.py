@@ -7,7 +7,7 @@ import pytest
 
 from deltaray.recipe.training import Training
 from deltaray.recipe.watch import Watch
-from deltaray.train.signatures import DETECTORS, Watcher
+from deltaray.train.health_checks import DETECTORS, Watcher
 
 STEPS = 200
 WATCH = Watch(window=10)

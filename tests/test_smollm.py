@@ -18,15 +18,15 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from deltaray.cli import stages
 from deltaray.errors import UserError
-from deltaray.miniature.make import write_prompt_files
+from deltaray.labs.miniature.make import write_prompt_files
+from deltaray.labs.smollm import LADDER, fetch, ladder_is_made, make
+from deltaray.labs.smollm.task import WORDS, ask, checks, task_rows
+from deltaray.labs.smollm.weaken import without_layers
 from deltaray.pair.filters import text_filter
 from deltaray.recipe import load_recipe, shipped_recipe
 from deltaray.recipe.scorers import IfEval
 from deltaray.score.instructions import ifeval_scorer
 from deltaray.score.response import Response
-from deltaray.smollm import LADDER, fetch, ladder_is_made, make
-from deltaray.smollm.task import WORDS, ask, checks, task_rows
-from deltaray.smollm.weaken import without_layers
 
 CACHE = ROOT / "runs" / "smollm2"
 CONTENT = b"weights"

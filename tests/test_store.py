@@ -16,11 +16,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from deltaray.contracts import PROMPTS, SCORES
+from deltaray.data.contracts import PROMPTS, SCORES
+from deltaray.data.prompts import store_prompts
+from deltaray.data.store import Store
 from deltaray.errors import StageError, UserError
-from deltaray.prompts import store_prompts
-from deltaray.runtime.failures import told_in
-from deltaray.store import Store
+from deltaray.failures import told_in
 
 ROW = {"prompt_id": "a", "sample": 0, "score": 1.0, "note": None, "parts": None}
 
@@ -186,7 +186,7 @@ def test_prompts_schema_survives(store: Store) -> None:
 # --- local folders ----------------------------------------------------------------------------------------------
 HOLDER = """
 import sys
-from deltaray.store import Store
+from deltaray.data.store import Store
 with Store(sys.argv[1]).lock():
     print("held", flush=True)
     sys.stdin.read()

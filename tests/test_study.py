@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import StudyRun, deltaray
 
-from deltaray.contracts import METRICS, PAIRS, REFERENCES, RESPONSES, SCORES
+from deltaray.data.contracts import METRICS, PAIRS, REFERENCES, RESPONSES, SCORES
 from deltaray.recipe import shipped_recipe
 
 TEACHERS = ("mini-m", "mini-xs")

@@ -25,17 +25,17 @@ from ray.job_submission import JobDetails, JobStatus, JobType
 from ruamel.yaml import YAML
 
 from deltaray import cli
-from deltaray.contracts import RESPONSES
+from deltaray.cli.submit.client import in_our_words
+from deltaray.cli.submit.command import asked_job
+from deltaray.cli.submit.job import running_job
+from deltaray.cli.submit.working_dir import MAX_MIB, named_files, pack
+from deltaray.data.contracts import RESPONSES
+from deltaray.data.store import Store
 from deltaray.errors import UserError
-from deltaray.pipeline import STAGES
 from deltaray.recipe import load_recipe, shipped_recipe
 from deltaray.report import write_report
-from deltaray.status import open_study
-from deltaray.store import Store
-from deltaray.submit.client import in_our_words
-from deltaray.submit.command import asked_job
-from deltaray.submit.job import running_job
-from deltaray.submit.parcel import MAX_MIB, named_files, pack
+from deltaray.study.pipeline import STAGES
+from deltaray.study.status import open_study
 
 SECRET = "planted-variable-1c9e"
 
@@ -213,7 +213,7 @@ def _nowhere(secrets: list[str], folders: list[Path]) -> None:
 def refused(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str:
     """What is refused without a cluster: nothing listens on port 9."""
     monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
-    monkeypatch.setattr("deltaray.submit.command.connect", _Reached)
+    monkeypatch.setattr("deltaray.cli.submit.command.connect", _Reached)
     monkeypatch.setattr(sys, "argv", ["deltaray", "submit", *arguments])
     with pytest.raises(SystemExit) as stop:
         cli.main()

@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 
-from deltaray.score import syscalls
+from deltaray.score.programs import syscalls
 
 
 def judged(program: bytes, machine: str, number: int, *arguments: int) -> int:

@@ -13,10 +13,10 @@ from scipy import optimize, stats
 
 from deltaray import cli
 from deltaray.errors import UserError
-from deltaray.theory.closed_form import ROOT, chance_of_rising, course_of, largest_step_size
-from deltaray.theory.experiment import Asked, compare, courses
-from deltaray.theory.setting import SPAN, Floats, Setting, Vectors, draw_vectors
-from deltaray.theory.simulate import batch_gradient, simulate
+from deltaray.labs.theory.closed_form import ROOT, chance_of_rising, course_of, largest_step_size
+from deltaray.labs.theory.experiment import Asked, compare, courses
+from deltaray.labs.theory.setting import SPAN, Floats, Setting, Vectors, draw_vectors
+from deltaray.labs.theory.simulate import batch_gradient, simulate
 
 OVERLAPPING = Setting(12, 0.7, 0.6, 0.3, chosen_overlap=0.3, rejected_overlap=0.5, teacher_overlap=0.2, batch=16)
 

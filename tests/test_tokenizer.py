@@ -13,19 +13,19 @@ from real_tokenizers import real_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from deltaray.chat import prompts_ids
+from deltaray.cli.submit.working_dir import _looks_local
+from deltaray.data.tokens import control_tokens, load_tokenizer, plain_ids, turn_end
+from deltaray.data.tokens.chat import prompts_ids
+from deltaray.data.tokens.check import check_tokenizer
+from deltaray.data.tokens.load import is_replaced
+from deltaray.data.tokens.render import ControlTokenError, rendered_ids
+from deltaray.data.tokens.serve import tokenizer_arguments
 from deltaray.errors import UserError
-from deltaray.generate.identity import model_identity
+from deltaray.generate.fingerprint import model_identity
 from deltaray.generate.units import ended
 from deltaray.recipe.models import Model, Student, Teacher
 from deltaray.recipe.scorers import RewardModel
 from deltaray.score.rewards import RewardWorker
-from deltaray.submit.parcel import _looks_local
-from deltaray.tokenizer import control_tokens, load_tokenizer, plain_ids, turn_end
-from deltaray.tokenizer.check import check_tokenizer
-from deltaray.tokenizer.load import is_replaced
-from deltaray.tokenizer.render import ControlTokenError, rendered_ids
-from deltaray.tokenizer.serve import tokenizer_arguments
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

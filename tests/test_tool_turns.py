@@ -14,19 +14,19 @@ from prompt_files import read, write
 from tiny_model import make_tokenizer, save_tiny
 from transformers import AutoTokenizer
 
-from deltaray.chat import NotShownError, prompt_ids, prompts_ids
-from deltaray.contracts import PROMPTS
+from deltaray.data.contracts import PROMPTS
+from deltaray.data.prompts import store_prompts
+from deltaray.data.prompts.preferences import preference_row
+from deltaray.data.store import Store
+from deltaray.data.tokens.chat import NotShownError, prompt_ids, prompts_ids
+from deltaray.data.tokens.response_tokens import Written, response_ids
 from deltaray.errors import UserError
 from deltaray.generate.completions import request_body
 from deltaray.generate.units import Assignment, load_unit, missing_units
-from deltaray.miniature.tokenizer import build_tokenizer
-from deltaray.prompts import store_prompts
-from deltaray.prompts.preferences import preference_row
+from deltaray.labs.miniature.tokenizer import build_tokenizer
 from deltaray.recipe.models import Teacher
-from deltaray.response_tokens import Written, response_ids
 from deltaray.score.judge import questions_of
 from deltaray.score.registry import section_of
-from deltaray.store import Store
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 WEATHER = {

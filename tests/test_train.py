@@ -14,19 +14,19 @@ import torch
 from safetensors.torch import load_file
 from tiny_model import make_tokenizer, save_tiny
 
-from deltaray.chat import prompt_ids
-from deltaray.contracts import METRICS, PAIRS, PROMPTS, REFERENCES, RESPONSES
+from deltaray.data.contracts import METRICS, PAIRS, PROMPTS, REFERENCES, RESPONSES
+from deltaray.data.store import Store
+from deltaray.data.tokens.chat import prompt_ids
+from deltaray.data.tokens.response_tokens import Written, response_ids
 from deltaray.errors import StageError
 from deltaray.recipe import Recipe, expand
-from deltaray.reference.blocks import missing_blocks
-from deltaray.reference.stage import reference, references_needed
-from deltaray.response_tokens import Written, response_ids
-from deltaray.store import Store
 from deltaray.train.examples import read_data
-from deltaray.train.outdated import outdated
-from deltaray.train.passes import batch_at
+from deltaray.train.micro_batches import batch_at
+from deltaray.train.reference.blocks import missing_blocks
+from deltaray.train.reference.stage import reference, references_needed
 from deltaray.train.schedule import learning_rate
 from deltaray.train.stage import in_groups, train
+from deltaray.train.staleness import outdated
 from deltaray.train.student import load_module
 
 PROMPT_COUNT, HELD_OUT, STEPS = 25, 5, 4  # two batches of 10 pairs, twice

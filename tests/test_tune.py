@@ -9,19 +9,19 @@ from types import SimpleNamespace
 import pytest
 from conftest import ROOT
 
+from deltaray.data.store import Store
 from deltaray.errors import StageError, UserError
 from deltaray.recipe import Recipe, expand, load_recipe, recipe_folder
 from deltaray.recipe.check import check_recipe
-from deltaray.reference.stage import references_needed
+from deltaray.recipe.search_space import drawn, grid, holds, known_trials, trial_of
 from deltaray.runtime.session import Capacity
-from deltaray.store import Store
+from deltaray.train.reference.stage import references_needed
 from deltaray.tune.conclude import conclude, front, points_of
 from deltaray.tune.follow import Follower
 from deltaray.tune.records import is_over, read_records, write_record
 from deltaray.tune.results import change_of, over_seeds
 from deltaray.tune.search import TpeSearch
 from deltaray.tune.shared import at_once, count_of, sharing_trials, study_of, trial_demand
-from deltaray.tune.space import drawn, grid, holds, known_trials, trial_of
 from deltaray.tune.stage import Explorer
 
 CLUSTER = Capacity(8, 0)

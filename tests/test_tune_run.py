@@ -12,8 +12,8 @@ from conftest import ROOT, Finished, deltaray
 from fake_engine import Behaviour
 from tiny_model import save_tiny
 
+from deltaray.data.store import Store
 from deltaray.recipe import expand, load_recipe
-from deltaray.store import Store
 from deltaray.tune.records import read_records
 from deltaray.tune.shared import count_of, sharing_trials, study_of
 

@@ -12,21 +12,21 @@ import numpy as np
 import pytest
 from answered import respond
 
-from deltaray.contracts import RESPONSES
+from deltaray.data.contracts import RESPONSES
+from deltaray.data.prompts import store_prompts
+from deltaray.data.store import Store
 from deltaray.generate.answer import work_of
-from deltaray.generate.identity import generation_identity, identity_digest
+from deltaray.generate.archive import supersede
+from deltaray.generate.fingerprint import generation_identity, identity_digest
 from deltaray.generate.pools import commit_unit, error_of
 from deltaray.generate.stage import responses_table, seeded
 from deltaray.generate.staging import failures, publish, rows_done, waiting_folders
-from deltaray.generate.supersede import supersede
 from deltaray.generate.units import Assignment, missing_units, responses_in, unit_blocks, with_system
-from deltaray.prompts import store_prompts
 from deltaray.recipe import Recipe, Study, expand
 from deltaray.recipe.models import Sampling, Teacher
 from deltaray.runtime.session import Capacity
 from deltaray.runtime.threads import as_room_allows, startable
-from deltaray.status import _rate
-from deltaray.store import Store
+from deltaray.study.status import _rate
 
 HERE = "responses/teacher=t"
 Key = tuple[str, int]

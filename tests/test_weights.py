@@ -16,18 +16,18 @@ from safetensors.torch import load_file, save
 from tiny_model import make_model, make_tokenizer, save_tiny
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from deltaray.data.store import Store
 from deltaray.errors import StageError, UserError
-from deltaray.generate.identity import add_sampled, fingerprint
+from deltaray.generate.fingerprint import add_sampled, fingerprint
+from deltaray.model_files.fit import demand_fit, positions
+from deltaray.model_files.folder import files_beside
 from deltaray.recipe.models import Student, Teacher
 from deltaray.recipe.scorers import RewardModel
 from deltaray.recipe.training import Lora
-from deltaray.runtime.check_models import check_model
 from deltaray.score.rewards import RewardWorker
-from deltaray.store import Store
+from deltaray.study.check_models import check_model
 from deltaray.train.checkpoint import Checkpoints, _checksum
 from deltaray.train.student import load_module
-from deltaray.weights.fit import demand_fit, positions
-from deltaray.weights.folder import files_beside
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 1234\n"
 

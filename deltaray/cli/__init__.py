@@ -16,7 +16,7 @@ from deltaray.errors import StageError, UserError, first_line
 from deltaray.runtime.terminal import Terminal
 
 # isort: off
-from deltaray.cli import stages, looking, jobs, tools  # noqa: F401 - verbs register themselves, in the order of the help
+from deltaray.cli import stages, inspect, jobs, tools  # noqa: F401 - verbs register themselves, in the order of the help
 # isort: on
 
 INTERRUPTED = 130

@@ -27,7 +27,7 @@ def submit(
     as_json: AsJson = False,
 ) -> None:
     """Runs a verb as a Ray job on a remote cluster and follows its log. Submitted again, it resumes."""
-    from deltaray.submit.command import asked_job, list_command, stop_command, submit_command
+    from deltaray.cli.submit.command import asked_job, list_command, stop_command, submit_command
 
     if list_jobs:
         return list_command(context.obj, address, as_json)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from deltaray.pipeline import Pipeline
+    from deltaray.study.pipeline import Pipeline
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Delta learning on Ray."
@@ -30,7 +30,7 @@ def pipeline_of(context: typer.Context, recipe: Path, overrides: list[str], retr
     Raises:
         UserError: the recipe cannot be what it is.
     """
-    from deltaray.pipeline import Pipeline
     from deltaray.recipe import load_recipe
+    from deltaray.study.pipeline import Pipeline
 
     return Pipeline(load_recipe(recipe, overrides), context.obj, retry_failed)

@@ -8,7 +8,7 @@ from deltaray.cli.options import Overrides, RecipePath, RetryFailed, app, pipeli
 from deltaray.runtime.terminal import Terminal
 
 if TYPE_CHECKING:
-    from deltaray.pipeline import Pipeline
+    from deltaray.study.pipeline import Pipeline
 
 
 @app.command()
@@ -38,13 +38,13 @@ def run(context: typer.Context, recipe: RecipePath, overrides: Overrides = []) -
 
 def _conclude(terminal: Terminal, pipeline: "Pipeline") -> None:
     """The result table and where the report is."""
-    from deltaray.aggregate.table import aggregation_table, order_lines
+    from deltaray.data.shapes import SUMMARY
     from deltaray.evaluate.results import evaluations
     from deltaray.evaluate.table import answers_text, claims_text, result_table
-    from deltaray.shapes import SUMMARY
+    from deltaray.merge.aggregate.table import aggregation_table, order_lines
 
-    if pipeline.store.exists("evaluation/summary.json"):
-        summary = pipeline.store.read_json("evaluation/summary.json", SUMMARY)
+    if pipeline.store.exists(pipeline.store.summary):
+        summary = pipeline.store.read_json(pipeline.store.summary, SUMMARY)
         terminal.out.print(result_table(summary))
         for line in (*claims_text(summary), *answers_text(evaluations(pipeline.study, pipeline.store))):
             terminal.result(line)
@@ -54,7 +54,7 @@ def _conclude(terminal: Terminal, pipeline: "Pipeline") -> None:
             terminal.out.print(aggregation_table(found, summary["tasks"]))
             for line in order_lines(found):
                 terminal.result(line)
-    if pipeline.store.exists("report.html"):
+    if pipeline.store.exists(pipeline.store.report):
         terminal.result(f"report: {pipeline.store.address('report.html')}")
 
 

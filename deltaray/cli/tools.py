@@ -40,7 +40,7 @@ def merge(
     as_json: AsJson = False,
 ) -> None:
     """Merges PEFT LoRA adapters of one base into one; with a RECIPE makes all merges of its `merging` section."""
-    from deltaray.merge.asked import Merge
+    from deltaray.merge.arguments import Merge
     from deltaray.merge.command import merge_command, parse_options, recipe_among
 
     given = [name for name in context.params if str(context.get_parameter_source(name)).endswith("COMMANDLINE")]
@@ -83,9 +83,9 @@ def theory(
     as_json: AsJson = False,
 ) -> None:
     """Delta learning where it can be computed: logistic regression, simulated and in closed form."""
-    from deltaray.theory.command import theory_command
-    from deltaray.theory.experiment import Asked
-    from deltaray.theory.setting import Setting
+    from deltaray.labs.theory.command import theory_command
+    from deltaray.labs.theory.experiment import Asked
+    from deltaray.labs.theory.setting import Setting
 
     overlaps = (chosen_overlap, rejected_overlap, teacher_overlap)
     setting = Setting(dimension, student, chosen, rejected, *overlaps, batch)

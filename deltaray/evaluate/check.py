@@ -6,16 +6,16 @@ from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 
+from deltaray.data.prompts import PromptRow, PromptSource
+from deltaray.data.prompts.formats import open_rows, place
 from deltaray.errors import UserError
 from deltaray.evaluate.local import task_scorer
-from deltaray.evaluate.suites import suite_tasks
-from deltaray.prompts import PromptRow, PromptSource
-from deltaray.prompts.formats import open_rows, place
+from deltaray.generate.search.corpus import check_corpus
 from deltaray.recipe.check_pairing import unknown
 from deltaray.recipe.study import Study
+from deltaray.recipe.suites import suite_tasks
 from deltaray.score.registry import SCORERS
 from deltaray.score.response import Response, scored
-from deltaray.search.corpus import check_corpus
 
 KEY = "evaluation.harness"
 COMPARING = ("exact_match", "numeric", "token_f1", "multiple_choice", "refusal", "python_tests", "ifeval")

@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 
+from deltaray.data.shapes import EVALUATION
+from deltaray.data.store import Store
 from deltaray.errors import UserError
 from deltaray.evaluate.statistics import bootstrap_over_tasks, difference_over_seeds
 from deltaray.evaluate.values import TaskValues
 from deltaray.recipe.check_pairing import unknown
 from deltaray.recipe.study import Study
-from deltaray.shapes import EVALUATION
-from deltaray.store import Store
 
 MEAN = "mean"
 ALL_PAIRS = 12

@@ -12,22 +12,22 @@ from typing import Any
 
 import pyarrow as pa
 
-from deltaray.contracts import REPLIES, REQUESTS
+from deltaray.data.contracts import REPLIES, REQUESTS
+from deltaray.data.prompts.shards import read_rows
+from deltaray.data.store import Store
 from deltaray.errors import StageError
 from deltaray.evaluate.samples import is_done
+from deltaray.failures import reason_of
 from deltaray.generate.answer import Work, answer, work_of
-from deltaray.generate.identity import generation_identity, identity_digest
+from deltaray.generate.fingerprint import generation_identity, identity_digest
 from deltaray.generate.pools import OnRows
 from deltaray.generate.units import Assignment, Unit
-from deltaray.prompts.shards import read_rows
 from deltaray.recipe.evaluation import HarnessTask
 from deltaray.recipe.models import Sampling, Teacher
 from deltaray.recipe.recipe import Failures
 from deltaray.recipe.study import Study
-from deltaray.runtime.failures import reason_of
 from deltaray.runtime.session import Capacity
 from deltaray.runtime.stream import map_units
-from deltaray.store import Store
 
 
 def harness_definition(study: Study, task: HarnessTask) -> dict[str, Any]:

@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from typing import Any
 
-from deltaray.limited import OverLimitError
-from deltaray.limited.child import limit_memory, obey
+from deltaray.untrusted import OverLimitError
+from deltaray.untrusted.child import limit_memory, obey
 
 SECONDS = 30.0
 """Of computing for one document; math checkers give up by themselves after five, where they can."""

@@ -22,8 +22,8 @@ from lm_eval.models.utils import (
 )
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from deltaray.data.tokens import turn_end
 from deltaray.errors import UserError
-from deltaray.tokenizer import turn_end
 
 Request = dict[str, Any]
 """A row of `contracts.REQUESTS`."""

@@ -16,16 +16,16 @@ from lm_eval.evaluator import evaluate
 from lm_eval.models.utils import resolve_max_length
 from lm_eval.tasks import TaskManager
 
-from deltaray.contracts import REPLIES, REQUESTS
+from deltaray.data.contracts import REPLIES, REQUESTS
+from deltaray.data.shapes import ASKED
+from deltaray.data.store import Store
+from deltaray.data.tokens import load_tokenizer
 from deltaray.errors import StageError, UserError
 from deltaray.evaluate.harness_limits import limited_scoring
 from deltaray.evaluate.harness_model import HarnessModel, Reply
 from deltaray.evaluate.samples import sample_rows, store_samples, task_summary
 from deltaray.recipe.evaluation import Harness, HarnessTask
 from deltaray.recipe.models import Teacher
-from deltaray.shapes import ASKED
-from deltaray.store import Store
-from deltaray.tokenizer import load_tokenizer
 
 AskUnit = dict[str, Any]
 """One (model, task): model (its name), teacher (a `Teacher` as JSON), task (its name here), spec (a resolved

@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from deltaray.contracts import RESPONSES, SCORES
+from deltaray.data.contracts import RESPONSES, SCORES
+from deltaray.data.store import Store, numbers_of
 from deltaray.errors import StageError
 from deltaray.evaluate.statistics import mean_and_stderr, pass_at_k
 from deltaray.recipe.evaluation import Task
@@ -13,7 +14,6 @@ from deltaray.recipe.scorers import Judge, Scorer, scorer_name, scorer_part
 from deltaray.recipe.study import Study
 from deltaray.score.files import Scoring, Unit, missing_units
 from deltaray.score.registry import section_of
-from deltaray.store import Store, numbers_of
 
 DEFAULT_METRIC = "exact_match"
 ROWS = ["prompt_id", "sample"]
@@ -39,7 +39,7 @@ def unscored_answers(study: Study, store: Store, model: str, name: str, task: Ta
 
 def _scoring(study: Study, model: str, name: str, task: Task) -> Scoring:
     """A failed answer is scored for its empty text: a model that has unlearnt to speak is wrong, not absent."""
-    spec, place = task_scorer(study, task), f"evaluation/model={model}/task={name}"
+    spec = task_scorer(study, task)
     against = spec.against and _same_seed(study, spec.against, model) if isinstance(spec, Judge) else None
     return Scoring(
         scorer=scorer_name(task.scorer) if task.scorer else metric_name(task),
@@ -48,8 +48,8 @@ def _scoring(study: Study, model: str, name: str, task: Task) -> Scoring:
         prompts=Store.evaluation_prompts(name),
         responses=Store.evaluation_responses(model, name),
         destination=Store.evaluation_scores(model, name),
-        questions=f".deltaray/questions/{place}",
-        judgements=f".deltaray/judgements/{place}",
+        questions=Store.evaluation_questions(model, name),
+        judgements=Store.evaluation_judgements(model, name),
         others=Store.evaluation_responses(against, name) if against and against != model else None,
         failed=True,
     )

@@ -5,17 +5,17 @@ from typing import Any
 
 import numpy as np
 
+from deltaray.data.shapes import EVALUATION
+from deltaray.data.store import Store
 from deltaray.evaluate.compare import MEAN, compare, compare_all, names_by_seed, shared_tasks
 from deltaray.evaluate.local import task_result
 from deltaray.evaluate.samples import harness_result
 from deltaray.evaluate.statistics import mean_and_stderr
-from deltaray.evaluate.suites import missing_in
 from deltaray.evaluate.values import TaskValues
 from deltaray.recipe.check_evaluation import CLAIM
 from deltaray.recipe.evaluation import Task
 from deltaray.recipe.study import Study
-from deltaray.shapes import EVALUATION
-from deltaray.store import Store
+from deltaray.recipe.suites import missing_in
 
 
 def evaluation_of(

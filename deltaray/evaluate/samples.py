@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from deltaray.contracts import SAMPLES
+from deltaray.data.contracts import SAMPLES
+from deltaray.data.shapes import RESULT
+from deltaray.data.store import Store
 from deltaray.errors import UserError
 from deltaray.evaluate.statistics import mean_and_stderr
 from deltaray.recipe.evaluation import HarnessTask
-from deltaray.shapes import RESULT
-from deltaray.store import Store
 
 Row = dict[str, Any]
 KEPT = ("results", "groups", "versions", "n-shot", "n-samples", "higher_is_better")

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from deltaray.data.shapes import EVALUATION
+from deltaray.data.store import Store
 from deltaray.evaluate.results import evaluation_of
 from deltaray.recipe.study import Study
-from deltaray.shapes import EVALUATION
-from deltaray.store import Store
 
 
 def choose_candidates(study: Study, store: Store) -> dict[str, dict[str, Any]]:

@@ -6,32 +6,31 @@ Models of one architecture share one vLLM engine, whose weights are swapped betw
 from collections.abc import Callable
 from typing import Any
 
-from deltaray.aggregate.results import aggregation
-from deltaray.contracts import RESPONSES
+from deltaray.data.contracts import RESPONSES
+from deltaray.data.prompts import check_source, store_source
+from deltaray.data.shapes import SUMMARY
+from deltaray.data.store import Store
 from deltaray.errors import StageError
 from deltaray.evaluate.local import unscored_answers
 from deltaray.evaluate.results import evaluation_of, evaluations, summarise
 from deltaray.evaluate.select import choose_candidates
+from deltaray.evaluate.tasks import task_sources
 from deltaray.generate.answer import Work, answer, refuse_failed, work_of
-from deltaray.generate.identity import generation_identity, identity_digest
+from deltaray.generate.fingerprint import generation_identity, identity_digest
 from deltaray.generate.pools import AGAIN, EMPTY, OnRows
+from deltaray.generate.search.retrievers import search_identity, searching
 from deltaray.generate.stage import responses_table
 from deltaray.generate.stream import Spec
 from deltaray.generate.units import Assignment
-from deltaray.prompts import check_source, store_source
 from deltaray.recipe.evaluation import Task
 from deltaray.recipe.models import Model, Student, Teacher
 from deltaray.recipe.recipe import Failures
 from deltaray.recipe.study import Study, TrainingRun
-from deltaray.runtime.preflight import task_sources
 from deltaray.runtime.session import Capacity
 from deltaray.score.files import Unit as ScoreUnit
 from deltaray.score.stage import refuse_unscored, score_units
-from deltaray.search.retrievers import search_identity, searching
-from deltaray.shapes import SUMMARY
-from deltaray.store import Store
 
-CONCLUDED = ".deltaray/evaluated.json"
+Aggregate = Callable[[Study, Store, dict[str, Any]], dict[str, Any] | None]
 
 
 def store_task_prompts(study: Study, store: Store) -> None:
@@ -177,18 +176,24 @@ def models_for_harness(study: Study, store: Store) -> dict[str, Teacher]:
 
 def is_concluded(study: Study, store: Store) -> bool:
     """Whether the summary covers every model and claim of the recipe."""
-    if study.recipe.evaluation is None or not store.exists("evaluation/summary.json"):
+    if study.recipe.evaluation is None or not store.exists(Store.summary):
         return False
-    summary = store.read_json("evaluation/summary.json", SUMMARY)
+    summary = store.read_json(Store.summary, SUMMARY)
     covered = {model.base for model in study.evaluated.values()} <= summary["names"].keys()
     evaluation = study.recipe.evaluation
-    if not store.exists(CONCLUDED) or store.read_json(CONCLUDED, {"inputs": str})["inputs"] != _inputs(store):
+    if not store.exists(Store.evaluated) or store.read_json(Store.evaluated, {"inputs": str})["inputs"] != _inputs(
+        store
+    ):
         return False
     return covered and summary["claims"] == evaluation.claims and summary["tasks"] == evaluation.names
 
 
-def conclude(study: Study, store: Store) -> None:
-    """Writes every model's evaluation and the summary from the stored scores."""
+def conclude(study: Study, store: Store, aggregate: Aggregate) -> None:
+    """Writes every model's evaluation and the summary from the stored scores.
+
+    Args:
+        aggregate: makes the table of a study's merges from the evaluations by model.
+    """
     evaluation = study.recipe.evaluation
     assert evaluation is not None
     chosen, reported = choose_candidates(study, store), models_for_harness(study, store)
@@ -201,9 +206,9 @@ def conclude(study: Study, store: Store) -> None:
             store.write_json(Store.evaluation(name), result | choice)
     summary = summarise(study, store)
     if study.merges:
-        summary["aggregation"] = aggregation(study, store, evaluations(study, store))
-    store.write_json("evaluation/summary.json", summary)
-    store.write_json(CONCLUDED, {"inputs": _inputs(store)})
+        summary["aggregation"] = aggregate(study, store, evaluations(study, store))
+    store.write_json(Store.summary, summary)
+    store.write_json(Store.evaluated, {"inputs": _inputs(store)})
 
 
 def _inputs(store: Store) -> str:

@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
+from deltaray.data.store import Store
 from deltaray.evaluate.local import values_by_prompt
 from deltaray.evaluate.samples import values_by_document
 from deltaray.recipe.study import Study
-from deltaray.store import Store
 
 
 class TaskValues:

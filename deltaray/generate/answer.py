@@ -10,9 +10,10 @@ from typing import Any
 
 import pyarrow as pa
 
+from deltaray.data.store import Store
 from deltaray.errors import StageError
+from deltaray.generate.engine_sharing import shared_pools
 from deltaray.generate.pools import REMEDY, Load, MakeTable, OnRows, describe, run_pools
-from deltaray.generate.share import shared_pools
 from deltaray.generate.staging import publish, tally_of, waiting_folders
 from deltaray.generate.stream import TASK_CPUS, Spec
 from deltaray.generate.units import Assignment, Unit, load_unit, missing_units
@@ -20,7 +21,6 @@ from deltaray.recipe.recipe import Failures
 from deltaray.runtime.session import Capacity
 from deltaray.runtime.stream import PATIENCE
 from deltaray.runtime.tally import broken
-from deltaray.store import Store
 
 
 @dataclass(frozen=True)

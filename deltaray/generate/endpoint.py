@@ -11,9 +11,8 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from deltaray.clean import keep_secret
-from deltaray.clean.forms import SHORTEST
 from deltaray.errors import StageError, UserError
+from deltaray.failures import reason_of
 from deltaray.generate.completions import (
     LONGEST_PAUSE,
     Trouble,
@@ -25,9 +24,10 @@ from deltaray.generate.completions import (
 )
 from deltaray.generate.requests import Output, failed
 from deltaray.recipe import models
-from deltaray.runtime.failures import reason_of
-from deltaray.runtime.guard import FROZEN
+from deltaray.runtime.process_watchdog import FROZEN
 from deltaray.runtime.server import NO_KEY, NoReplyError, Server, below, is_address
+from deltaray.text import keep_secret
+from deltaray.text.forms import SHORTEST
 
 log = logging.getLogger(__name__)
 

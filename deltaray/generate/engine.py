@@ -24,16 +24,16 @@ from collections.abc import Mapping
 from concurrent.futures import Future
 from typing import Any
 
+from deltaray.data.tokens.serve import tokenizer_arguments
+from deltaray.failures import reason_of
+from deltaray.generate.engine_settings import EngineSettings
 from deltaray.generate.metrics import EngineMetrics
 from deltaray.generate.reasoning import Splitter
 from deltaray.generate.requests import Output, failed, output_of, prompt_logprobs, sampling_parameters
-from deltaray.generate.spec import EngineSpec
-from deltaray.generate.stall import StallWatch
+from deltaray.generate.watchdog import StallWatch
 from deltaray.generate.weights import Adapters, check_same_model, load_weights
 from deltaray.imports import quick_imports
-from deltaray.runtime import lastwords
-from deltaray.runtime.failures import reason_of
-from deltaray.tokenizer.serve import tokenizer_arguments
+from deltaray.runtime import last_words
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ class Engine:
     ends the process: nothing in it can be trusted afterwards, and Ray starts a new actor and repeats its units.
     """
 
-    def __init__(self, spec: EngineSpec) -> None:
+    def __init__(self, spec: EngineSettings) -> None:
         """Starts the engine and waits until it is ready; raises what vLLM raises when it cannot start."""
         self._inbox: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         ready: Future[None] = Future()
@@ -91,7 +91,7 @@ class Engine:
 class _Stepper:
     """The engine's thread: takes units, swaps weights between them, steps vLLM, hands out answers."""
 
-    def __init__(self, spec: EngineSpec, inbox: "queue.SimpleQueue[_Job | None]") -> None:
+    def __init__(self, spec: EngineSettings, inbox: "queue.SimpleQueue[_Job | None]") -> None:
         with quick_imports():
             from vllm.engine.arg_utils import EngineArgs
             from vllm.exceptions import VLLMClientError
@@ -118,7 +118,7 @@ class _Stepper:
         self.refusals = (VLLMClientError, ValueError, TypeError)  # raised for requests that vLLM will not take
 
     @classmethod
-    def run(cls, spec: EngineSpec, inbox: "queue.SimpleQueue[_Job | None]", ready: "Future[None]") -> None:
+    def run(cls, spec: EngineSettings, inbox: "queue.SimpleQueue[_Job | None]", ready: "Future[None]") -> None:
         """The thread's life. An engine that breaks ends the process, so that Ray repeats its units elsewhere."""
         try:
             stepper = cls(spec, inbox)
@@ -133,7 +133,7 @@ class _Stepper:
                     stepper.step()
         except BaseException as error:
             log.exception("the engine of %s broke; ending its process", spec.model)
-            lastwords.leave(f"the engine of {spec.model} broke", error)
+            last_words.leave(f"the engine of {spec.model} broke", error)
             os._exit(1)
         stepper.engine.engine_core.shutdown()
 

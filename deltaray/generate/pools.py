@@ -9,6 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from deltaray.data.store import Store
 from deltaray.errors import StageError
 from deltaray.generate.stream import Spec, in_flight_of, stream_units
 from deltaray.generate.units import Unit, load_unit
@@ -16,7 +17,6 @@ from deltaray.recipe.recipe import Failures
 from deltaray.runtime.session import STREAM_CPUS, Capacity
 from deltaray.runtime.tally import SHOWN, Tally, broken
 from deltaray.runtime.threads import as_room_allows, startable
-from deltaray.store import Store
 
 MakeTable = Callable[[Unit], pa.Table]
 """The rows of a unit with its `outputs`; the table's schema is the destination's."""

@@ -4,8 +4,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from deltaray.failures import reason_of
 from deltaray.generate.requests import Output
-from deltaray.runtime.failures import reason_of
 
 PROMPT_END = 32  # tokens at a prompt's end among which a closed reasoning block would be
 

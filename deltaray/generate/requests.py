@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from deltaray.clean.screen import one_line
+from deltaray.text.screen import one_line
 
 Output = dict[str, Any]
 """One answer: token_ids (the end token included), tokens, text (without special tokens and without the reasoning),

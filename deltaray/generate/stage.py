@@ -5,15 +5,15 @@ from collections.abc import Callable
 
 import pyarrow as pa
 
-from deltaray.contracts import RESPONSES
+from deltaray.data.contracts import RESPONSES
+from deltaray.data.store import Store
 from deltaray.generate.answer import Work, answer, work_of
-from deltaray.generate.identity import generation_identity, identity_digest
+from deltaray.generate.fingerprint import generation_identity, identity_digest
 from deltaray.generate.pools import OnRows, error_of
 from deltaray.generate.units import Assignment, Unit
 from deltaray.recipe.models import Teacher
 from deltaray.recipe.study import Study
 from deltaray.runtime.session import Capacity
-from deltaray.store import Store
 
 
 def teacher_work(study: Study, store: Store, retry: bool = False) -> list[Work]:

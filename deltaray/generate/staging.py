@@ -1,6 +1,6 @@
 """From finished units to published shards: each response visible exactly once, whatever dies in between.
 
-Units are committed one by one under `.deltaray/units/<destination>/<identity>/<shard>/`, where no reader looks. When
+Units are committed one by one under `Store.units`/<destination>/<identity>/<shard>/, where no reader looks. When
 nothing of a shard is missing any more, they become one file of `<destination>`, and only then are they deleted. A
 crash between the two leaves units whose keys are published already: publishing drops such keys, so it can be repeated
 at any time. The identity (`generate/identity.py`) keeps what was made with other settings apart.
@@ -17,15 +17,14 @@ from typing import Any, ParamSpec, TypeVar
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from deltaray.contracts import RESPONSES
-from deltaray.generate.identity import identity_digest
-from deltaray.prompts.shards import shard_name
+from deltaray.data.contracts import RESPONSES
+from deltaray.data.prompts.shards import shard_name
+from deltaray.data.storage.filesystem import together
+from deltaray.data.storage.parquet import parquet_writer
+from deltaray.data.store import Store, keys_of
+from deltaray.generate.fingerprint import identity_digest
 from deltaray.runtime.tally import Tally
-from deltaray.storage.filesystem import together
-from deltaray.storage.parquet import parquet_writer
-from deltaray.store import Store, keys_of
 
-UNITS = ".deltaray/units"
 ROW_GROUP = 8192
 """Rows of a published file's row groups: few enough to hold in memory, enough to compress well."""
 KEYS = ["prompt_id", "sample"]
@@ -55,7 +54,7 @@ def unless_moved(function: Callable[P, R]) -> Callable[P, R]:
 
 def folder_of(destination: str, identity: str, retry: bool = False) -> str:
     """Where units wait, in a folder per shard; second attempts at failed rows wait apart."""
-    return f"{UNITS}/{destination}/{identity}{RETRY if retry else ''}"
+    return f"{Store.units}/{destination}/{identity}{RETRY if retry else ''}"
 
 
 def keys_in(store: Store, files: list[str]) -> pa.Table:
@@ -86,8 +85,8 @@ def rows_done(store: Store, destination: str) -> int:
     present = None if definition is None else identity_digest(definition)
     waiting = [
         file
-        for file in store.listing(f"{UNITS}/{destination}")
-        if (identity := file.removeprefix(f"{UNITS}/{destination}/").partition("/")[0]) == present
+        for file in store.listing(f"{Store.units}/{destination}")
+        if (identity := file.removeprefix(f"{Store.units}/{destination}/").partition("/")[0]) == present
         or (present is None and not identity.endswith(RETRY))
     ]
     return store.count_rows(destination) + sum(map(store.count, waiting))
@@ -167,7 +166,7 @@ def _forget_derived(store: Store, path: str) -> None:
         for found in store.committed(f"{top}/{folder}/{teacher}")
         if found.rpartition("/")[2].startswith(file.removesuffix(".parquet"))
     ]
-    store.delete([*derived, *store.committed(".deltaray/pairs", suffix=".json")])
+    store.delete([*derived, *store.committed(Store.paired, suffix=".json")])
 
 
 # --- what failed ------------------------------------------------------------------------------------------------

@@ -17,11 +17,11 @@ from functools import partial
 from typing import Any, Protocol
 
 from deltaray.errors import StageError
+from deltaray.failures import cause_of, is_told, told_in
 from deltaray.generate.requests import Output, failed, sound
 from deltaray.generate.units import Unit, responses_in
-from deltaray.runtime import lastwords
-from deltaray.runtime.failures import cause_of, is_told, told_in
-from deltaray.runtime.guard import guard
+from deltaray.runtime import last_words
+from deltaray.runtime.process_watchdog import guard
 from deltaray.runtime.stream import persistent
 
 Packed = dict[str, bytes]
@@ -140,12 +140,12 @@ def stream_units(
     try:
         yield from persistent(units, partial(_stream, key, spec, load, write, units_in_flight))
     except Exception as error:
-        words = None if told_in(error) is not None or is_told(error) else lastwords.left(key)
+        words = None if told_in(error) is not None or is_told(error) else last_words.left(key)
         if words is None and not DEATHS.match(cause_of(error)):
             raise
         raise _died(_label(units), words, error) from error
     finally:
-        lastwords.forget(key)
+        last_words.forget(key)
 
 
 def _died(label: str, words: tuple[str, str] | None, error: Exception) -> StageError:
@@ -268,15 +268,15 @@ class _PoolWorker:
     def __init__(self, spec: Spec, key: str, label: str) -> None:
         """Raises StageError when the processes of this actor have ended again and again without an answer."""
         guard(frozen=spec.stall_seconds)
-        lastwords.sign(key)
+        last_words.sign(key)
         self.fresh = True  # has answered nothing yet
-        if lastwords.count_start() > lastwords.STARTS:
-            cause, _ = lastwords.left(key) or (f"the process of the {label} ended without a word", "")
-            raise StageError(f"{cause}\nit ended {lastwords.STARTS} times before it had answered anything; {DIED}")
+        if last_words.count_start() > last_words.STARTS:
+            cause, _ = last_words.left(key) or (f"the process of the {label} ended without a word", "")
+            raise StageError(f"{cause}\nit ended {last_words.STARTS} times before it had answered anything; {DIED}")
         try:
             self.engine = spec.start()
         except BaseException as error:
-            lastwords.leave(f"the {label} cannot start", error)
+            last_words.leave(f"the {label} cannot start", error)
             raise
 
     async def __call__(self, row: Packed) -> Packed:
@@ -289,7 +289,7 @@ class _PoolWorker:
         ]
         if self.fresh:
             self.fresh = False
-            lastwords.forget_starts()
+            last_words.forget_starts()
         return _pack(number, unit | {"outputs": [[sound(output) for output in of] for of in outputs]})
 
     def __del__(self) -> None:

@@ -11,15 +11,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from deltaray.chat import Message, Tools, prompts_ids
-from deltaray.contracts import PROMPTS
+from deltaray.data.contracts import PROMPTS
+from deltaray.data.prompts.shards import read_rows, shard_name
+from deltaray.data.prompts.turns import full_turns
+from deltaray.data.store import Store
+from deltaray.data.tokens import load_tokenizer, turn_end
+from deltaray.data.tokens.chat import Message, Tools, prompts_ids
+from deltaray.failures import reason_of
 from deltaray.generate.staging import failed_rows, folder_of, keys_in, unless_moved
-from deltaray.prompts.shards import read_rows, shard_name
-from deltaray.prompts.turns import full_turns
 from deltaray.recipe.models import Model, Teacher
-from deltaray.runtime.failures import reason_of
-from deltaray.store import Store
-from deltaray.tokenizer import load_tokenizer, turn_end
 
 Unit = dict[str, Any]
 """What one call of an engine answers and one commit holds. From the planner: unit_id, name (who is counted), model,

@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from deltaray.generate.spec import COSMETIC, EngineSpec
+from deltaray.generate.engine_settings import COSMETIC, EngineSettings
 
 
-def load_weights(engine: Any, spec: EngineSpec, model: str) -> None:
+def load_weights(engine: Any, spec: EngineSettings, model: str) -> None:
     """Puts the weights of `model` into an engine without requests; raises what vLLM raises, with a mixture left."""
     engine.collective_rpc("reload_weights", kwargs={"weights_path": model})
     if spec.gpus == 0:
@@ -27,7 +27,7 @@ def _repack_tied_head(worker: Any) -> None:
             module.quant_method.process_weights_after_loading(module)
 
 
-def check_same_model(spec: EngineSpec, model: str) -> None:
+def check_same_model(spec: EngineSettings, model: str) -> None:
     """ValueError unless `model` has the engine's config, so that its weights fit.
 
     vLLM only warns of weights that it misses, which would leave a mixture of two models.

@@ -17,15 +17,9 @@ from safetensors import safe_open
 
 from deltaray.errors import UserError, door
 from deltaray.files import read_settings
-from deltaray.limited import OverLimitError, RaisedError, limited
 from deltaray.merge.factors import Factors
-from deltaray.weights.headers import tensors_of_file
-
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-PREFIX = "base_model.model."
-LORA = re.compile(r"(?P<module>.+)\.(?:lora_(?P<side>[AB])\.weight|lora_embedding_(?P<embedding>[AB]))")
-BASE_COPY = re.compile(r".+\.base_layer\.weight")
-"""A copy of the base's embedding, which PEFT saves beside a LoRA of it."""
+from deltaray.model_files.headers import tensors_of_file
+from deltaray.model_files.lora import BASE_COPY, CONFIG, LORA, PATTERNS, PREFIX, WEIGHTS, pattern_values
 
 REFUSED: Mapping[str, str] = {
     "use_dora": "DoRA scales whole columns of the base; train with use_dora=False",
@@ -45,10 +39,6 @@ REFUSED: Mapping[str, str] = {
     "megatron_config": "Megatron's layers split their weights; convert the adapter to ordinary PEFT",
 }
 """Keys of adapter_config.json which, when set, make an adapter more than products B A; and the mend."""
-PATTERNS = ("rank_pattern", "alpha_pattern")
-"""Numbers of adapter_config.json by regular expressions on the modules' names."""
-MATCH_SECONDS = 2.0
-"""Of computing for all modules of an adapter; the patterns of ordinary ones take milliseconds."""
 PLAIN_STARTS = ("gaussian", "eva", "orthogonal", "mica", "true", "false")
 """Values of init_lora_weights that leave the base as it is; PiSSA, OLoRA, CorDA, LoRA-GA and LoftQ change it."""
 
@@ -238,22 +228,3 @@ def _modules(path: Path, keys: list[str]) -> tuple[dict[str, Keys], list[str]]:
     if not sides:
         raise UserError(f"{path}: holds no LoRA tensor; save the adapter again")
     return {name.module: name for name in sides}, copies
-
-
-def pattern_values(folder: Path, config: Mapping[str, Any], key: str, modules: Iterable[str]) -> dict[str, Any]:
-    """What one of `PATTERNS` says of the modules, by name; modules of which it says nothing are left out.
-
-    Raises:
-        UserError: its regular expressions are none, or take too long; vLLM and PEFT would try the same ones.
-    """
-    values = config.get(key) or {}
-    if not values:
-        return {}
-    try:
-        asked = limited("deltaray.limited.patterns", MATCH_SECONDS)
-        return {name: values[found] for name, found in asked.call("keys_of", list(values), list(modules)).items()}
-    except (OverLimitError, RaisedError) as error:
-        raise UserError(
-            f"{folder / CONFIG}: {key}: cannot be matched with the names of its modules: {error}; write the ends of "
-            "the names there, such as q_proj"
-        ) from None

@@ -11,11 +11,12 @@ from safetensors import safe_open
 
 from deltaray.errors import UserError, led_by
 from deltaray.files import read_settings
-from deltaray.merge.adapter import WEIGHTS, Adapter
-from deltaray.merge.write import TensorFile
-from deltaray.weights.folder import INDEX, copy_beside, fetch, refuse_pointers
-from deltaray.weights.headers import and_others, tensors_of_model
-from deltaray.weights.names import match_names
+from deltaray.merge.adapter import Adapter
+from deltaray.model_files.folder import INDEX, copy_beside, fetch, refuse_pointers
+from deltaray.model_files.headers import and_others, tensors_of_model
+from deltaray.model_files.lora import WEIGHTS
+from deltaray.model_files.names import match_names
+from deltaray.model_files.tensor_file import TensorFile
 
 
 @dataclass(frozen=True)

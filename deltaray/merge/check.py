@@ -7,8 +7,9 @@ from typing import Any
 import torch
 
 from deltaray.errors import UserError
-from deltaray.merge.adapter import CONFIG, WEIGHTS, Adapter
-from deltaray.weights.names import inner_name
+from deltaray.merge.adapter import Adapter
+from deltaray.model_files.lora import CONFIG, WEIGHTS
+from deltaray.model_files.names import inner_name
 
 NARROWING = ("layers_to_transform", "layers_pattern", "exclude_modules")
 """Keys by which target_modules names more than the adapter has."""

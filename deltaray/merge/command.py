@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import get_args
 
 from deltaray.errors import UserError
-from deltaray.merge.asked import Merge
+from deltaray.merge.arguments import Merge
 from deltaray.merge.elementwise import Inner
 from deltaray.merge.methods import Options
 from deltaray.merge.run import merge_adapters

@@ -98,8 +98,6 @@ class Method:
     merge: Callable[[Task], Result]
     averages: bool
     """Whether it averages updates; otherwise it adds them."""
-    takes: frozenset[str] = frozenset()
-    """Options besides `weights`, `rank` and `scale`, which all take."""
     dense: bool = False
     """Whether it makes matrices of the weights' own size."""
 
@@ -121,20 +119,19 @@ def _on_weights(name: Inner) -> Callable[[Task], Result]:
     return merge
 
 
-_RULED = frozenset({"inner", "density", "seed", "skip_missing"})
 METHODS: Mapping[str, Method] = MappingProxyType(
     {
-        "gam": Method(_gam, True, frozenset({"restore_norm", "skip_missing", "reference"})),
-        "mean": Method(lambda task: task.expand(mean(task.joint)), True, frozenset({"skip_missing"})),
+        "gam": Method(_gam, True),
+        "mean": Method(lambda task: task.expand(mean(task.joint)), True),
         "task-arithmetic": Method(lambda task: task.expand(total(task.joint)), False),
         "cat": Method(lambda task: task.fit(concatenate(task.updates)), False),
-        "ties": Method(_on_weights("ties"), True, frozenset({"density", "skip_missing"}), dense=True),
-        "dare": Method(_on_weights("dare"), True, frozenset({"density", "seed", "skip_missing"}), dense=True),
-        "knots": Method(lambda task: task.fit(knots(task.joint, task.rule())), True, _RULED),
-        "core-space": Method(lambda task: task.expand(core_space(task.joint, task.rule())), True, _RULED),
+        "ties": Method(_on_weights("ties"), True, dense=True),
+        "dare": Method(_on_weights("dare"), True, dense=True),
+        "knots": Method(lambda task: task.fit(knots(task.joint, task.rule())), True),
+        "core-space": Method(lambda task: task.expand(core_space(task.joint, task.rule())), True),
         "tsv": Method(lambda task: task.expand(tsv(task.joint, task.options.rank)), False),
         "iso-c": Method(lambda task: task.expand(iso_c(task.joint, task.options.rank)), False),
         "iso-cts": Method(lambda task: task.expand(iso_cts(task.joint, task.options.rank)), False),
     }
 )
-"""By the name that `--method` takes."""
+"""By the name that `--method` takes, as in `recipe/merge_methods.py`, which says what each may be told."""

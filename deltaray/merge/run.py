@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 
+from deltaray.data.storage.files import Files
+from deltaray.data.storage.filesystem import remove
 from deltaray.errors import UserError
-from deltaray.merge.adapter import CONFIG, DTYPES, WEIGHTS, Adapter, widest
-from deltaray.merge.asked import Merge, find_reference, refuse_merge, refuse_own_input
+from deltaray.merge.adapter import DTYPES, Adapter, widest
+from deltaray.merge.arguments import Merge, find_reference, refuse_merge, refuse_own_input
 from deltaray.merge.base import add_to_base, open_base
 from deltaray.merge.check import base_copies, modules_of, refuse_strangers, target_modules
 from deltaray.merge.diagnostics import SHRUNK, Diagnosis, by_kind, summarize
@@ -18,9 +20,9 @@ from deltaray.merge.factors import Factors
 from deltaray.merge.matrix import Merged, merge_matrix
 from deltaray.merge.methods import METHODS
 from deltaray.merge.parallel import map_in_order
-from deltaray.merge.write import TensorFile, adapter_config, refuse_occupied, whole_folder
-from deltaray.storage.files import Files
-from deltaray.storage.filesystem import remove
+from deltaray.merge.write import adapter_config, refuse_occupied, whole_folder
+from deltaray.model_files.lora import CONFIG, WEIGHTS
+from deltaray.model_files.tensor_file import TensorFile
 
 RECORD = "merge.json"
 """Beside the merged adapter: what it was made of, and the diagnosis of every matrix."""

@@ -13,14 +13,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from deltaray.contracts import PAIRS, SCORES
+from deltaray.data.contracts import PAIRS, SCORES
+from deltaray.data.paths import PAIRS_PREFIX
+from deltaray.data.prompts.shards import read_rows, shard_name
+from deltaray.data.store import Store, keys_of, number_of
 from deltaray.pair.delta_report import EXAMPLES, EXTREMES, Collected, Difference, Place, first_of, numbers_of
 from deltaray.pair.rules import draw_key
 from deltaray.pair.sums import Floats, Histogram, Moments, features, resampled
-from deltaray.prompts.shards import read_rows, shard_name
 from deltaray.recipe.study import Study
 from deltaray.runtime.stream import map_units
-from deltaray.store import PAIRS_PREFIX, Store, keys_of, number_of
 
 CLIP = 2000
 """Characters of a text that `_delta.json` holds of an example."""

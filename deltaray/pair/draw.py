@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from deltaray.pair.filters import Candidate
 from deltaray.pair.rules import Named, draw_key
-from deltaray.recipe.deltas import Pairing
+from deltaray.recipe.pairing import Pairing
 
 Keys = NDArray[np.uint64]
 

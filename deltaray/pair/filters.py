@@ -5,9 +5,9 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 from deltaray.errors import UserError
-from deltaray.limited import OverLimitError, limited
 from deltaray.recipe import filters as recipe
 from deltaray.score.surface import cjk_share, is_refusal, is_repetitive
+from deltaray.untrusted import OverLimitError, limited
 
 Candidate = dict[str, Any]
 Rule = Callable[[Candidate], bool]
@@ -111,7 +111,7 @@ def _without_keywords(item: recipe.Keywords) -> Rule:
     def is_found(text: str) -> bool:
         if plain is not None:
             return plain.search(text) is not None
-        return bool(limited("deltaray.limited.patterns", SEARCH_SECONDS).call("found", pattern, text))
+        return bool(limited("deltaray.untrusted.patterns", SEARCH_SECONDS).call("found", pattern, text))
 
     def rule(pair: Candidate) -> bool:
         try:

@@ -11,9 +11,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from deltaray.contracts import MESSAGES, PAIRS
+from deltaray.data.contracts import MESSAGES, PAIRS
+from deltaray.data.store import keys_of
 from deltaray.pair.policies import Offer, Policy
-from deltaray.store import keys_of
 
 OFFERS = ("prompt_id", "sample", "teacher", "finish_reason", "error", "score")
 """Columns of a table of responses that may be paired; `score:<reference>` of further scorers may follow."""

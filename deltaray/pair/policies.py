@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from deltaray.recipe.deltas import Draw, Pairing
+from deltaray.recipe.pairing import Draw, Pairing
 
 
 @dataclass(frozen=True, slots=True)

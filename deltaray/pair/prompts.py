@@ -12,16 +12,16 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
 
+from deltaray.data.prompts.formats import files_of, open_rows, place
+from deltaray.data.prompts.rows import prompt_row
+from deltaray.data.prompts.turns import RowError
+from deltaray.data.storage.shape import ANY
+from deltaray.data.store import Store
 from deltaray.errors import UserError
-from deltaray.prompts.formats import files_of, open_rows, place
-from deltaray.prompts.rows import prompt_row
-from deltaray.prompts.turns import RowError
 from deltaray.recipe.filters import Contaminated, DuplicatePrompt
 from deltaray.runtime.stream import map_units
-from deltaray.storage.shape import ANY
-from deltaray.store import Store
 
-FOLDER, BENCHMARKS = ".deltaray/prompt-filters", "filters.paths"
+BENCHMARKS = "filters.paths"
 AT_ONCE = 2048
 SHINGLE = 5
 """Words of the n-grams whose overlap makes two prompts near duplicates."""
@@ -35,7 +35,7 @@ PromptFilter = DuplicatePrompt | Contaminated
 
 def dropped_prompts(store: Store, item: PromptFilter) -> dict[str, list[str]]:
     """By shard the ids of the prompts that a filter removes; computed once for the same prompts and benchmarks."""
-    record = f"{FOLDER}/{item.kind}-{filter_digest(store, item)}.json"
+    record = Store.prompt_filter(item.kind, filter_digest(store, item))
     if store.exists(record):
         return dict(store.read_json(record, {ANY: [str]}))
     found = _duplicates(store, item.near) if isinstance(item, DuplicatePrompt) else _contaminated(store, item)
@@ -125,7 +125,7 @@ def _ngrams(words: Sequence[str], size: int) -> Iterator[str]:
 def _contaminated(store: Store, item: Contaminated) -> dict[str, list[str]]:
     """The questions go through the store: the nodes of a cluster need not see the benchmark files."""
     questions = list(dict.fromkeys(question for path in item.paths for question in _questions(path)))
-    path = f"{FOLDER}/questions-{filter_digest(store, item)}.json"
+    path = Store.prompt_filter("questions", filter_digest(store, item))
     store.write_json(path, questions)
     common = {"questions": path, "ngram": item.ngram, "share": item.share}
     units = [{"shard": shard, **common} for shard in store.committed(Store.prompts)]

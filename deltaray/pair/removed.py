@@ -6,7 +6,7 @@ from collections import Counter
 
 import pyarrow as pa
 
-from deltaray.contracts import PAIRS
+from deltaray.data.contracts import PAIRS
 from deltaray.pair.join import pair_table
 
 EXAMPLES = 32

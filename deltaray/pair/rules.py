@@ -8,9 +8,9 @@ from collections.abc import Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
 
+from deltaray.data.tokens.response_tokens import THOUGHTS
 from deltaray.pair.filters import Candidate, Rule, text_filter, token_filter
-from deltaray.recipe.deltas import Pairing
-from deltaray.response_tokens import THOUGHTS
+from deltaray.recipe.pairing import Pairing
 
 FAILURES = ("prompt refused", "engine error", "empty answer", "answer calls tools", "answer not Unicode")
 """Kinds of failed responses, as their `error` begins."""

@@ -8,7 +8,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from deltaray.contracts import PAIRS, PROMPTS, RESPONSES, SCORES, TOKENS
+from deltaray.data.contracts import PAIRS, PROMPTS, RESPONSES, SCORES, TOKENS
+from deltaray.data.prompts.shards import shard_name
+from deltaray.data.store import Store, keys_of, number_of
 from deltaray.pair.draw import Survey, draw_rules
 from deltaray.pair.filters import Candidate
 from deltaray.pair.funnel import Funnel, Stage, merge_funnels, stage
@@ -16,9 +18,7 @@ from deltaray.pair.join import OFFERS, candidates, pair_table, pick_by_sample, p
 from deltaray.pair.policies import policy_of
 from deltaray.pair.removed import REMOVED, Removed, removed_table
 from deltaray.pair.rules import Named, rules
-from deltaray.prompts.shards import shard_name
-from deltaray.recipe.deltas import Pairing
-from deltaray.store import Store, keys_of, number_of
+from deltaray.recipe.pairing import Pairing
 
 AT_ONCE = 2048
 """Candidates that are Python objects at the same time."""

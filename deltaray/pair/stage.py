@@ -5,23 +5,24 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-from deltaray.answer_frame import frame_of
+from deltaray.data.paths import PAIRS_PREFIX
+from deltaray.data.prompts.shards import shard_name
+from deltaray.data.shapes import FUNNEL
+from deltaray.data.store import Store
+from deltaray.data.tokens import load_tokenizer
+from deltaray.data.tokens.answer_frame import frame_of
 from deltaray.errors import UserError
 from deltaray.pair.describe import delta_path, describe, is_described
 from deltaray.pair.draw import Survey, choose
 from deltaray.pair.funnel import Funnel, funnel_text, merge_funnels
 from deltaray.pair.prompts import dropped_prompts, filter_digest
 from deltaray.pair.shard import Unit, pair_shard
-from deltaray.prompts.shards import shard_name
+from deltaray.pair.token_ids import RULE, complete_tokens, files_by_shard, paired_sides
 from deltaray.recipe.filters import Contaminated, DuplicatePrompt
 from deltaray.recipe.models import Student
 from deltaray.recipe.scorers import scorer_name
 from deltaray.recipe.study import Study
 from deltaray.runtime.stream import map_units
-from deltaray.shapes import FUNNEL
-from deltaray.store import PAIRS_PREFIX, Store
-from deltaray.tokenizer import load_tokenizer
-from deltaray.tokens import RULE, complete_tokens, files_by_shard, paired_sides
 
 SHOWN_REASONS = 3
 
@@ -106,7 +107,7 @@ def _commit(store: Store, name: str, funnel: Funnel, inputs: str) -> int:
     """Writes what is written last; returns the number of pairs. A pairing without any is never done."""
     store.write_json(Store.funnel(name), funnel)
     if funnel[-1]["out"]:
-        store.write_json(f".deltaray/pairs/{name}.json", {"inputs": inputs})
+        store.write_json(Store.paired_from(name), {"inputs": inputs})
     return int(funnel[-1]["out"])
 
 

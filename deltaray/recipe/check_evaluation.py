@@ -3,11 +3,11 @@
 import re
 from collections.abc import Iterator
 
-from deltaray.evaluate.suites import SUITES
 from deltaray.recipe.check_pairing import Problem, unknown
 from deltaray.recipe.evaluation import Evaluation, Task
 from deltaray.recipe.recipe import Recipe
 from deltaray.recipe.scorers import Given, Size, scorer_name
+from deltaray.recipe.suites import SUITES
 
 CLAIM = re.compile(r"\s*(\S+)\s*>\s*(\S+)\s*")
 

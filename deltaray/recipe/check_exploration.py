@@ -6,9 +6,9 @@ from importlib.util import find_spec
 from pydantic import ValidationError
 
 from deltaray.recipe.check_pairing import Problem, check_pairing, unknown
-from deltaray.recipe.deltas import Pairing
 from deltaray.recipe.exploration import Exploration, Range
 from deltaray.recipe.losses import LOSS_FACTS, SETTINGS, readers
+from deltaray.recipe.pairing import Pairing
 from deltaray.recipe.recipe import Recipe
 from deltaray.recipe.training import Run
 
@@ -123,7 +123,7 @@ def _check_asha(recipe: Recipe, exploration: Exploration) -> Iterator[Problem]:
 
 def _check_trials(recipe: Recipe, exploration: Exploration) -> Iterator[Problem]:
     """Trials at the corners of the space: every choice and both ends of a range are in one of them."""
-    from deltaray.tune.space import axes, drawn, grid, trial_of
+    from deltaray.recipe.search_space import axes, drawn, grid, trial_of
 
     ends = {name: [it.low, it.high] if isinstance(it, Range) else it for name, it in axes(recipe).items()}
     first = {name: values[0] for name, values in ends.items()}

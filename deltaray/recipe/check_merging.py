@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from deltaray.recipe.check_pairing import Problem, unknown
+from deltaray.recipe.merge_methods import METHOD_OPTIONS
 from deltaray.recipe.merging import MergeMethod, Merging
 from deltaray.recipe.recipe import Recipe
 from deltaray.recipe.training import Run
@@ -51,16 +52,14 @@ def _check_deltas(merging: Merging, runs: dict[str, Run]) -> Iterator[Problem]:
 
 
 def _check_method(name: str, method: MergeMethod) -> Iterator[Problem]:
-    from deltaray.merge.methods import METHODS  # imports torch, which other recipes need not wait for
-
     chosen = method.method or name
-    if chosen not in METHODS:
-        yield (("method",) if method.method else ()), unknown("merge method", chosen, METHODS)
+    if chosen not in METHOD_OPTIONS:
+        yield (("method",) if method.method else ()), unknown("merge method", chosen, METHOD_OPTIONS)
         return
-    known = {"method", "rank", "scale"} | METHODS[chosen].takes
+    known = {"method", "rank", "scale"} | METHOD_OPTIONS[chosen]
     asked = {key for key, value in method.model_dump().items() if value is not None and value is not False}
     for key in sorted(asked - known):
-        users = ", ".join(other for other, each in METHODS.items() if key in each.takes)
+        users = ", ".join(other for other, options in METHOD_OPTIONS.items() if key in options)
         yield (key,), f"the method {chosen!r} does not take it; leave it out, or write one that does: {users}"
 
 

@@ -3,8 +3,8 @@
 from collections.abc import Iterable, Iterator, Mapping
 from difflib import get_close_matches
 
-from deltaray.recipe.deltas import Pairing
 from deltaray.recipe.filters import Correctness, Length
+from deltaray.recipe.pairing import Pairing
 from deltaray.recipe.scorers import Judge, Scorer, Surface, scorer_name
 
 Problem = tuple[tuple[str | int, ...], str]

@@ -77,7 +77,7 @@ class Harness(Section):
 class Evaluation(Section):
     tasks: dict[str, Task] = {}
     suites: list[str] = []
-    """Named lists of tasks with their settings (`deltaray/evaluate/suites.py`); a task of your own of the same name
+    """Named lists of tasks with their settings (`deltaray/recipe/suites.py`); a task of your own of the same name
     wins."""
     selection: dict[str, Task] = {}
     """Tasks on which the best of a grid is chosen; they share no prompt with `tasks`."""

@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import TypeVar
 
 from deltaray.errors import UserError
-from deltaray.evaluate.suites import expand_suites
-from deltaray.recipe.deltas import Pairing
 from deltaray.recipe.extensions import Extensions
 from deltaray.recipe.models import Model, Student, Teacher
+from deltaray.recipe.pairing import Pairing
 from deltaray.recipe.recipe import Recipe
 from deltaray.recipe.scorers import Judge, RewardModel, Scorer
 from deltaray.recipe.study import AdapterMerge, EvaluatedModel, Study, TrainingRun, explored_names
+from deltaray.recipe.suites import expand_suites
 from deltaray.recipe.training import Run
-from deltaray.words import exact
+from deltaray.text.words import exact
 
 M = TypeVar("M", bound=Model)
 

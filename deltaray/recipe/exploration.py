@@ -5,9 +5,9 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from deltaray.recipe.deltas import Pairing
 from deltaray.recipe.losses import LossName
 from deltaray.recipe.models import Section, Seed
+from deltaray.recipe.pairing import Pairing
 from deltaray.recipe.training import Lora, Run
 
 ABOVE = " > "

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 
 from deltaray.recipe.check_pairing import Problem
-from deltaray.words import short
+from deltaray.text.words import short
 
 Kinds = tuple[Any, ...]
 """The types that a value may have."""

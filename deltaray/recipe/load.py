@@ -12,7 +12,6 @@ from typing import Annotated, Any, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
 
-from deltaray.clean import keep_secret, known_secrets, without_secrets
 from deltaray.errors import UserError, door
 from deltaray.limits import RECIPE_BYTES, RECIPE_DEPTH
 from deltaray.recipe.check import check_recipe
@@ -22,7 +21,8 @@ from deltaray.recipe.recipe import Recipe
 from deltaray.recipe.secrets import OUTSIDE, line_with_secret, named_variables, secrets_in, variables_in
 from deltaray.recipe.shipped import recipe_folder
 from deltaray.recipe.yaml import CORRECT, Document, Path_, YamlError, read_yaml
-from deltaray.words import short
+from deltaray.text import keep_secret, known_secrets, without_secrets
+from deltaray.text.words import short
 
 KEY_PATH = re.compile(r"[A-Za-z_][\w.-]{0,200}")
 """What a message of an override shows of it."""

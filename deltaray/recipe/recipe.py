@@ -4,12 +4,12 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from deltaray.recipe.deltas import Pairing
 from deltaray.recipe.evaluation import Evaluation
 from deltaray.recipe.exploration import Exploration
 from deltaray.recipe.extensions import Extensions
 from deltaray.recipe.merging import Merging
 from deltaray.recipe.models import Day, Place, Section, Seed, Student, Teacher
+from deltaray.recipe.pairing import Pairing
 from deltaray.recipe.scorers import Scorer
 from deltaray.recipe.source import COLUMNS, Source
 from deltaray.recipe.training import Training

@@ -4,8 +4,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from deltaray.clean.secrets import KEYS, LOGIN, QUERY, SHAPES, without_known
 from deltaray.recipe.check_pairing import Problem
+from deltaray.text.secrets import KEYS, LOGIN, QUERY, SHAPES, without_known
 
 PLACES = (
     "take it out (and change it, if the file was shared); HF_TOKEN, AWS_ACCESS_KEY_ID and the like belong into the "

@@ -3,10 +3,10 @@
 import re
 from dataclasses import dataclass
 
-from deltaray.recipe.deltas import Pairing
 from deltaray.recipe.extensions import Extensions
 from deltaray.recipe.merging import MergeMethod
 from deltaray.recipe.models import Student, Teacher
+from deltaray.recipe.pairing import Pairing
 from deltaray.recipe.recipe import Recipe
 from deltaray.recipe.scorers import Judge, Scorer, scorer_name
 from deltaray.recipe.training import Run

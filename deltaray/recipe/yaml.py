@@ -18,7 +18,7 @@ from ruamel.yaml.reader import ReaderError
 
 from deltaray.errors import first_line
 from deltaray.limits import RECIPE_BYTES, RECIPE_DEPTH, RECIPE_VALUES, WHOLE_NUMBER
-from deltaray.words import is_unicode
+from deltaray.text.words import is_unicode
 
 Path_ = tuple[str | int, ...]
 

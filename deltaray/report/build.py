@@ -14,10 +14,10 @@ import jinja2
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from deltaray.clean import known_secrets
+from deltaray.data.storage.files import Files
+from deltaray.data.store import Store
 from deltaray.errors import UserError
-from deltaray.storage.files import Files
-from deltaray.store import Store
+from deltaray.text import known_secrets
 
 from . import aggregation, charts, comparisons, deltas, landscape, merging, series, tables, theory
 from .model import Pairing, Study
@@ -26,7 +26,6 @@ from .remote import local_copy, state_of
 from .summary import summarize
 
 HERE = Path(__file__).parent
-REPORTED = ".deltaray/report.json"
 MAX_PAIRS = 2000
 """Pairs per pairing that a page embeds."""
 
@@ -45,9 +44,9 @@ def write_report(store: Store) -> str:
     state = state_of(store)
     with local_copy(store) as out:
         page = without_keys(render(read_study(out, MAX_PAIRS)))
-    store.write_bytes("report.html", page.encode("utf-8", errors="replace"))
-    store.write_json(REPORTED, {"state": state})
-    return store.address("report.html")
+    store.write_bytes(Store.report, page.encode("utf-8", errors="replace"))
+    store.write_json(Store.reported, {"state": state})
+    return store.address(Store.report)
 
 
 def without_keys(page: str) -> str:
@@ -60,9 +59,9 @@ def without_keys(page: str) -> str:
 
 def is_reported(store: Store) -> bool:
     """Whether the page is there and tells of the files that are there now."""
-    there = store.exists("report.html") and store.exists(REPORTED)
+    there = store.exists(Store.report) and store.exists(Store.reported)
     with suppress(UserError):  # a damaged record: the page is written again
-        return there and store.read_json(REPORTED, {"state": str})["state"] == state_of(store)
+        return there and store.read_json(Store.reported, {"state": str})["state"] == state_of(store)
     return False
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from .charts import Chart, Trace, frame
 from .format import ABSENT, duration, significant
+from .model import Exploration
 
 COLUMNS = (
     "Trial", "State", "Settings", "Delta", "Chosen quality", "Held-out accuracy", "Mean", "Gain", "Signs of failure",
@@ -26,29 +27,6 @@ class Cell:
 
     text: str
     key: float | str
-
-
-@dataclass(frozen=True)
-class Exploration:
-    """The trials' records, and the landscape once it has been drawn."""
-
-    trials: tuple[dict[str, Any], ...] = ()
-    landscape: dict[str, Any] | None = None
-
-    @property
-    def states(self) -> str:
-        """`18 finished, 2 failed`."""
-        names = [trial["state"] for trial in self.trials]
-        return ", ".join(f"{names.count(name)} {name}" for name in dict.fromkeys(names))
-
-    @property
-    def unfinished(self) -> list[tuple[str, str, str]]:
-        """(trial, state, reason) of those that came to nothing."""
-        return [
-            (trial["name"], trial["state"], trial["reason"] or "")
-            for trial in self.trials
-            if trial["state"] in ("failed", "stopped")
-        ]
 
 
 def read_trial(path: Path) -> dict[str, Any]:

@@ -9,13 +9,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-
-if TYPE_CHECKING:
-    from .landscape import Exploration
 
 Tokens = npt.NDArray[np.int64]
 
@@ -208,6 +205,29 @@ class Merge:
     kinds: dict[str, dict[str, float | None]]
     matrices: dict[str, dict[str, float | None]]
     warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Exploration:
+    """The trials' records, and the landscape once it has been drawn."""
+
+    trials: tuple[dict[str, Any], ...] = ()
+    landscape: dict[str, Any] | None = None
+
+    @property
+    def states(self) -> str:
+        """`18 finished, 2 failed`."""
+        names = [trial["state"] for trial in self.trials]
+        return ", ".join(f"{names.count(name)} {name}" for name in dict.fromkeys(names))
+
+    @property
+    def unfinished(self) -> list[tuple[str, str, str]]:
+        """(trial, state, reason) of those that came to nothing."""
+        return [
+            (trial["name"], trial["state"], trial["reason"] or "")
+            for trial in self.trials
+            if trial["state"] in ("failed", "stopped")
+        ]
 
 
 @dataclass(frozen=True)

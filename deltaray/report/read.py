@@ -8,14 +8,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from deltaray.data.store import Store
 from deltaray.recipe.yaml import YamlError, read_yaml
 
 from .deltas import read_delta
 from .evaluations import read_evaluations
 from .files import attempt, json_of, lines_of, split_seed, whole
-from .landscape import Exploration, read_landscape, read_trial
+from .landscape import read_landscape, read_trial
 from .merging import read_merge
-from .model import FunnelStep, Merge, Pairing, Run, Stage, Study, number
+from .model import Exploration, FunnelStep, Merge, Pairing, Run, Stage, Study, number
 from .pairs import BUDGET, Sample, read_pairing
 from .removed import read_removed
 
@@ -23,14 +24,14 @@ from .removed import read_removed
 def read_study(out: Path, limit: int, seed: int = 0) -> Study:
     """Everything a report needs; at most `limit` pairs per pairing are kept for the page."""
     notes: list[str] = []
-    recipe = attempt(out / "recipe.yaml", lambda path: path.read_text(encoding="utf-8"), None, notes)
+    recipe = attempt(out / Store.recipe, lambda path: path.read_text(encoding="utf-8"), None, notes)
     runs = tuple(_runs(out / "training", notes))
     folders = [path for path in sorted((out / "pairs").glob("pairing=*")) if path.is_dir()]
     sample = Sample(limit, BUDGET // max(len(folders), 1), seed)
     pairings = tuple(_pairing(out, folder, sample, notes) for folder in folders)
     teachers = {teacher for pairing in pairings for teacher in pairing.teachers}
     evaluations = read_evaluations(out / "evaluation", teachers, notes)
-    stages: tuple[Stage, ...] = attempt(out / ".deltaray" / "stages.jsonl", _stages, (), notes)
+    stages: tuple[Stage, ...] = attempt(out / Store.stages, _stages, (), notes)
     name = _study_name(recipe) or out.resolve().name
     merges = tuple(_merges(out / "adapters", notes))
     exploration = _exploration(out / "tuning", notes)
@@ -43,7 +44,7 @@ def _pairing(out: Path, folder: Path, sample: Sample, notes: list[str]) -> Pairi
     if (folder / "funnel.json").exists():
         notes.append(f"{folder.name} is of an earlier version of deltaray; `deltaray pair` makes its pairs again")
     found = read_pairing(folder, funnel, sample, notes)
-    removed = read_removed(out / ".deltaray" / "removed" / folder.name, sample.characters // 4, notes)
+    removed = read_removed(out / Store.all_removed / folder.name, sample.characters // 4, notes)
     delta = attempt(folder / "_delta.json", read_delta, None, notes)
     return replace(found, delta=delta, removed=removed.reasons, removed_rows=removed.rows)
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from pyarrow import fs
 
-from deltaray.storage.filesystem import together
-from deltaray.store import Store
+from deltaray.data.storage.filesystem import together
+from deltaray.data.store import Store
 
 
 @contextmanager
@@ -27,11 +27,11 @@ def local_copy(store: Store) -> Iterator[Path]:
 
 
 def _wanted(store: Store) -> list[str]:
-    single = [path for path in ("recipe.yaml", ".deltaray/stages.jsonl") if store.exists(path)]
+    single = [path for path in (Store.recipe, Store.stages) if store.exists(path)]
     pairs = [
         path for suffix in (".parquet", "/_funnel.json", "/_delta.json") for path in store.listing("pairs", suffix)
     ]
-    removed = store.listing(".deltaray/removed")
+    removed = store.listing(Store.all_removed)
     training = store.listing("training", "/metrics.jsonl")
     merges = store.listing("adapters", "/merge.json")
     tuning = [*store.committed(Store.trials, ".json"), *store.committed("tuning", "landscape.json")]

@@ -24,7 +24,7 @@ class Removed:
 
 
 def read_removed(folder: Path, characters: int, notes: list[str]) -> Removed:
-    """Reads `.deltaray/removed/pairing=<name>`; damage is noted, never raised.
+    """Reads the candidates that a pairing lost; damage is noted, never raised.
 
     Args:
         characters: of all texts together; what comes after goes without, every reason alike.

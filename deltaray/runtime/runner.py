@@ -9,17 +9,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from deltaray.clean import without_secrets
+from deltaray.data.store import Store
 from deltaray.errors import StageError, UserError
+from deltaray.failures import failure_of
 from deltaray.recipe.study import Study
 from deltaray.runtime.demands import refuse_impossible
-from deltaray.runtime.failures import failure_of
 from deltaray.runtime.memory import PeakMemory
 from deltaray.runtime.metrics import StudyMetrics
-from deltaray.runtime.room import RoomWatch
+from deltaray.runtime.scheduling_hints import RoomWatch
 from deltaray.runtime.session import Capacity, joins_cluster, logs_of_ray, start_ray
 from deltaray.runtime.terminal import StageProgress, Terminal
-from deltaray.store import Store
+from deltaray.text import without_secrets
 
 
 class Runner:
@@ -42,7 +42,7 @@ class Runner:
 
     def log_file(self) -> Path:
         """Where a command's chatter goes from now on."""
-        folder = self.store.local / ".deltaray" / "logs" if self.store.local else Path("deltaray-logs")
+        folder = self.store.local / self.store.logs if self.store.local else Path("deltaray-logs")
         return folder / f"{datetime.now(UTC):%Y%m%dT%H%M%S}.log"
 
     def guarded(self, stage: str, work: Callable[[], None], log: Path) -> None:
@@ -119,7 +119,7 @@ class Runner:
     def keep_records(self) -> None:
         """Writes the stages' records once `out` is known to be this study's."""
         while self.bound and self.records:
-            self.store.append_line(".deltaray/stages.jsonl", self.records.pop(0))
+            self.store.append_line(self.store.stages, self.records.pop(0))
 
     def say(self, stage: str, text: str) -> None:
         self.terminal.say(f"{stage}: {text}")

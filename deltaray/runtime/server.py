@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from deltaray.clean import Cleaner
-from deltaray.clean.depth import MOST_DEPTH, is_too_deep
-from deltaray.clean.screen import one_line
+from deltaray.text import Cleaner
+from deltaray.text.depth import MOST_DEPTH, is_too_deep
+from deltaray.text.screen import one_line
 
 MOST_BYTES = 8 << 20
 """Of one reply, unpacked."""

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from deltaray.errors import UserError
+from deltaray.failures import cause_of
 from deltaray.recipe.models import Engine
 from deltaray.recipe.recipe import Cluster
-from deltaray.runtime.failures import cause_of
 from deltaray.runtime.localhost import keep_token, listens_here_alone, on_localhost
-from deltaray.runtime.watch import RayletWatch
+from deltaray.runtime.raylet_watchdog import RayletWatch
 
 EMBEDDED_CPUS = 8
 """Least logical CPUs of a Ray started here: its workers mostly wait, and pipelines of actor pools deadlock on two."""

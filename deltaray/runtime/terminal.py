@@ -21,9 +21,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.segment import Segment
 from rich.text import Text
 
-from deltaray.clean.screen import json_escaped, printable
-from deltaray.clean.secrets import without_known, without_secrets
 from deltaray.errors import StageError
+from deltaray.text.screen import json_escaped, printable
+from deltaray.text.secrets import without_known, without_secrets
 
 PLAIN_INTERVAL = 5.0
 """Seconds between progress lines when stderr is no terminal."""

@@ -6,9 +6,9 @@ that the next try, in whatever process, knows: from the third try at a file on, 
 
 from collections import Counter
 
+from deltaray.data.store import Store
 from deltaray.score.files import Key, Unit
 from deltaray.score.response import SCORER_FAILED, Response, Score, ScoreFunction, scored
-from deltaray.store import Store
 
 TRIES = 2
 """So often may a process die over a file before its responses are noted, and then over each of these."""
@@ -18,7 +18,7 @@ class Attempts:
     """The tries at one file of responses; nothing is left of them when it is scored, or fails with a message."""
 
     def __init__(self, store: Store, unit: Unit) -> None:
-        self.store, self.path = store, f".deltaray/attempts/{unit['destination']}.json"
+        self.store, self.path = store, Store.attempts(unit["destination"])
         found = store.read_json(self.path) if store.exists(self.path) else {}
         self.begun, self.died = found.get("begun", 0) + 1, Counter[str](found.get("died", {}))
         if found.get("under_way") is not None:

@@ -13,13 +13,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from rich.table import Table
 
-from deltaray.contracts import PROMPTS, RESPONSES, SCORES
-from deltaray.prompts.shards import shard_name
+from deltaray.data.contracts import PROMPTS, RESPONSES, SCORES
+from deltaray.data.prompts.shards import shard_name
+from deltaray.data.store import Store, keys_of
 from deltaray.recipe.study import Study
 from deltaray.runtime.stream import map_units
 from deltaray.score.agreement import Counted, agreement_of, outcome_of
 from deltaray.score.stage import all_scores
-from deltaray.store import Store, keys_of
 
 AGREEMENT = "agreement.json"
 LENGTHS = (128, 512, 2048)

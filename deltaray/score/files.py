@@ -8,12 +8,12 @@ from typing import Any
 
 import pyarrow as pa
 
-from deltaray.contracts import SCORES
-from deltaray.prompts.shards import shard_name, shard_of
-from deltaray.prompts.turns import full_turns
+from deltaray.data.contracts import SCORES
+from deltaray.data.prompts.shards import shard_name, shard_of
+from deltaray.data.prompts.turns import full_turns
+from deltaray.data.storage.filesystem import together
+from deltaray.data.store import Store
 from deltaray.score.response import Response, Score, scale_of, unscored
-from deltaray.storage.filesystem import together
-from deltaray.store import Store
 
 AT_ONCE = 2048
 """Responses that are Python objects at the same time."""

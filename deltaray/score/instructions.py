@@ -5,9 +5,9 @@ from importlib.util import find_spec
 from typing import Any
 
 from deltaray.errors import UserError
-from deltaray.limited import limited
 from deltaray.recipe.scorers import IfEval
 from deltaray.score.response import UNANSWERED, Response, Score, ScoreFunction
+from deltaray.untrusted import limited
 
 SECONDS = 5.0
 """Of computing for one response; an essay takes a hundredth of one."""
@@ -25,7 +25,7 @@ def ifeval_scorer(spec: IfEval) -> ScoreFunction:
         asked = _asked(response)
         if asked is None:
             return Score(None, "the answer lists no instructions: write {instruction_id_list, kwargs}")
-        followed = limited("deltaray.limited.instructions", SECONDS).call("followed", *asked, response.text)
+        followed = limited("deltaray.untrusted.instructions", SECONDS).call("followed", *asked, response.text)
         if isinstance(followed, str):
             return Score(None, followed)
         parts = {"followed": float(sum(followed)), "instructions": float(len(followed))}

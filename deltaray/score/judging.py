@@ -12,14 +12,15 @@ from typing import Any
 
 import pyarrow.compute as pc
 
-from deltaray.contracts import PROMPTS, RESPONSES
+from deltaray.data.contracts import PROMPTS, RESPONSES
+from deltaray.data.prompts.rows import PromptRow
+from deltaray.data.prompts.shards import prompt_table, shard_name, shard_of
+from deltaray.data.store import Store
 from deltaray.generate.answer import Work, answer, work_of
-from deltaray.generate.identity import generation_identity, identity_digest
+from deltaray.generate.fingerprint import generation_identity, identity_digest
 from deltaray.generate.pools import OnRows
 from deltaray.generate.stage import responses_table, seeded
 from deltaray.generate.units import Assignment
-from deltaray.prompts.rows import PromptRow
-from deltaray.prompts.shards import prompt_table, shard_name, shard_of
 from deltaray.recipe.scorers import Judge
 from deltaray.recipe.study import Study
 from deltaray.runtime.session import Capacity
@@ -28,7 +29,6 @@ from deltaray.score.files import Asked, Key, Unit, read_slices, write_scores
 from deltaray.score.judge import questions_of, score_of
 from deltaray.score.registry import section_of
 from deltaray.score.response import FAILED, JUDGE_FAILED, Score, unscored
-from deltaray.store import Store
 
 Conversation = list[dict[str, str]]
 

@@ -12,8 +12,8 @@ from pydantic import TypeAdapter
 from deltaray.recipe.scorers import Scorer, Size
 from deltaray.recipe.study import base_name
 from deltaray.score.instructions import ifeval_scorer
+from deltaray.score.programs.sandbox import python_tests_scorer
 from deltaray.score.response import Response, Score, ScoreFunction
-from deltaray.score.sandbox import python_tests_scorer
 from deltaray.score.surface import surface_scorer
 from deltaray.score.verifiers import (
     exact_match_scorer,

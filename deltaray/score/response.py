@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from deltaray.runtime.failures import ROW_WIDTH, reason_of
+from deltaray.failures import ROW_WIDTH, reason_of
 
 SHARES = ("exact_match", "numeric", "token_f1", "multiple_choice", "json", "refusal", "python_tests", "ifeval")
 """Kinds of scorers whose scores go from 0 to 1."""

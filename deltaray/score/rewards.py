@@ -4,20 +4,20 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
-from deltaray.chat import Message
+from deltaray.data.store import Store
+from deltaray.data.tokens import load_tokenizer
+from deltaray.data.tokens.chat import Message
+from deltaray.data.tokens.render import rendered_ids
 from deltaray.errors import UserError
+from deltaray.failures import reason_of
+from deltaray.model_files.fit import SCORING, misfit
 from deltaray.recipe.scorers import RewardModel
-from deltaray.runtime.failures import reason_of
-from deltaray.runtime.guard import guarded
+from deltaray.runtime.process_watchdog import guarded
 from deltaray.runtime.session import Capacity
 from deltaray.runtime.stream import quiet_ray_data
 from deltaray.score.files import Asked, Key, Unit, read_slices, write_scores
 from deltaray.score.registry import section_of
 from deltaray.score.response import Score, unscored
-from deltaray.store import Store
-from deltaray.tokenizer import load_tokenizer
-from deltaray.tokenizer.render import rendered_ids
-from deltaray.weights.fit import SCORING, misfit
 
 
 def reward_files(store: Store, units: list[Unit], capacity: Capacity) -> Iterator[dict[str, Any]]:

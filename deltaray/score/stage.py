@@ -6,9 +6,10 @@ from typing import Any
 
 import pyarrow.compute as pc
 
+from deltaray.data.prompts.shards import shard_name
+from deltaray.data.store import Store
 from deltaray.errors import StageError
 from deltaray.generate.pools import AGAIN, OnRows
-from deltaray.prompts.shards import shard_name
 from deltaray.recipe.recipe import Failures
 from deltaray.recipe.scorers import Judge, scorer_name
 from deltaray.recipe.study import Study
@@ -19,7 +20,6 @@ from deltaray.score.attempts import Attempts
 from deltaray.score.files import AT_ONCE, Key, Scoring, Unit, missing_units, read_slices, write_scores
 from deltaray.score.registry import SCORERS, section_of
 from deltaray.score.response import FAILED, NOT_ASKED, UNPARSABLE, Score
-from deltaray.store import Store
 
 REMEDY = (
     "fix the cause and run `deltaray score RECIPE --retry-failed`, which scores again what failed, or raise "

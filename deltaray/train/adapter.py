@@ -5,11 +5,11 @@ from typing import Any
 from torch import nn
 
 from deltaray.errors import UserError
-from deltaray.limited import OverLimitError, RaisedError, limited
-from deltaray.merge.adapter import MATCH_SECONDS
+from deltaray.model_files.adapters import fill_adapter
+from deltaray.model_files.lora import MATCH_SECONDS
 from deltaray.recipe.training import Lora
 from deltaray.train.experts import expert_blocks
-from deltaray.weights.adapters import fill_adapter
+from deltaray.untrusted import OverLimitError, RaisedError, limited
 
 ALL = "all-linear"
 
@@ -50,7 +50,7 @@ def _refuse_slow(targets: str, model: nn.Module) -> None:
     """PEFT matches one text as a regular expression with the names of all modules, without a limit."""
     names = [name for name, _ in model.named_modules()]
     try:
-        limited("deltaray.limited.patterns", MATCH_SECONDS).call("full_matches", targets, names)
+        limited("deltaray.untrusted.patterns", MATCH_SECONDS).call("full_matches", targets, names)
     except (OverLimitError, RaisedError) as error:
         raise UserError(
             f"lora.targets: {targets!r} cannot be matched with the names of the layers: {error}; write a list of their "

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from deltaray.train.layout import Layout
+from deltaray.train.attention_layout import Layout
 
 PACKED = "deltaray_packed"
 """The name under which transformers finds it."""

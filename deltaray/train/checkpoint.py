@@ -24,8 +24,8 @@ from deepspeed.utils import (
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from deltaray.data.store import Store
 from deltaray.errors import PASSING, StageError
-from deltaray.store import Store
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 PART = 2 << 30
@@ -39,7 +39,7 @@ class Checkpoints:
     """The checkpoints of one run. `save` and `load` are collective calls."""
 
     def __init__(self, store: Store, run: str) -> None:
-        self.store, self.folder = store, f".deltaray/checkpoints/{run}"
+        self.store, self.folder = store, Store.checkpoints(run)
 
     # --- what is there ------------------------------------------------------------------------------------------
     def complete(self) -> list[str]:

@@ -12,15 +12,15 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
+from deltaray.data.store import Store
 from deltaray.errors import StageError
+from deltaray.model_files.fit import demand_fit
 from deltaray.recipe.models import Student
 from deltaray.recipe.training import Run, Training
-from deltaray.store import Store
 from deltaray.train.deepspeed_config import deepspeed_config
 from deltaray.train.probe import settle
 from deltaray.train.saving import write_student
 from deltaray.train.student import load_module
-from deltaray.weights.fit import demand_fit
 
 
 def join_process_group() -> None:

@@ -14,11 +14,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from deltaray.contracts import PAIRS, REFERENCES
+from deltaray.data.contracts import PAIRS, REFERENCES
+from deltaray.data.store import Store, keys_of
 from deltaray.errors import StageError
 from deltaray.recipe.models import Student
 from deltaray.recipe.study import TrainingRun
-from deltaray.store import Store, keys_of
 from deltaray.train.losses import LOSSES
 from deltaray.train.packing import Ids, Item
 

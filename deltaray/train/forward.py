@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from deltaray.train.examples import Examples
 from deltaray.train.losses import Divisors, Loss, Side, divisors
+from deltaray.train.micro_batches import plan_passes
 from deltaray.train.packing import Inputs, Item, pack, pad
-from deltaray.train.passes import plan_passes
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ import torch
 import torch.distributed as dist
 from transformers import GenerationConfig
 
+from deltaray.data.store import Store
+from deltaray.data.tokens import turn_end
 from deltaray.recipe.training import Generation
 from deltaray.score.response import Response, ScoreFunction, scored, unscored
-from deltaray.store import Store
-from deltaray.tokenizer import turn_end
 from deltaray.train.examples import Examples, read_pairs
 from deltaray.train.packing import Ids
 from deltaray.train.student import is_packed

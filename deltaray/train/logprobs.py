@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from deltaray.train.attention import PACKED
+from deltaray.train.attention_layout import Layout
 from deltaray.train.head import Head
-from deltaray.train.layout import Layout
 
 CHUNK = 1 << 26
 """Logits that exist at a time: a quarter of a GiB of float32."""

@@ -10,23 +10,23 @@ import ray
 import torch
 import torch.distributed as dist
 
+from deltaray.data.store import Store
+from deltaray.data.tokens import load_tokenizer, turn_end
 from deltaray.errors import StageError, UserError
+from deltaray.model_files.folder import fetch
 from deltaray.recipe.models import Student
 from deltaray.recipe.study import TrainingRun
 from deltaray.recipe.training import Training
 from deltaray.score.registry import SCORERS
-from deltaray.store import Store
-from deltaray.tokenizer import load_tokenizer, turn_end
 from deltaray.train.checkpoint import Checkpoints
 from deltaray.train.engine import join_process_group, save_trained, stop_engine
 from deltaray.train.examples import Data, check_vocabulary, read_data
 from deltaray.train.generation import Answering, heldout_questions
-from deltaray.train.outdated import note_pairs
+from deltaray.train.health_checks import Signature, Watcher
 from deltaray.train.reporter import Reporter
 from deltaray.train.schedule import total_steps
-from deltaray.train.signatures import Signature, Watcher
+from deltaray.train.staleness import note_pairs
 from deltaray.train.trainer import Metrics, Trainer
-from deltaray.weights.folder import fetch
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from deltaray.train.layout import Layout
+from deltaray.train.attention_layout import Layout
 
 Ids = NDArray[np.int32]
 Item = tuple[Ids, list[Ids]]

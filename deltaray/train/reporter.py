@@ -7,9 +7,9 @@ from typing import Any
 
 import torch.distributed as dist
 
-from deltaray.contracts import METRICS, MORE_METRICS
-from deltaray.store import Store
-from deltaray.train.signatures import Signature
+from deltaray.data.contracts import METRICS, MORE_METRICS
+from deltaray.data.store import Store
+from deltaray.train.health_checks import Signature
 
 REPORT_INTERVAL = 0.2
 """Seconds between two progress messages of a run; metrics.jsonl has every step."""

@@ -16,10 +16,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 from deltaray.errors import UserError
+from deltaray.model_files.fit import quiet
+from deltaray.model_files.folder import INDEX, TEMPLATES, copy_beside
+from deltaray.model_files.headers import SINGLE, Held, tensors_of_model
 from deltaray.recipe.models import Student
-from deltaray.weights.fit import quiet
-from deltaray.weights.folder import INDEX, TEMPLATES, copy_beside
-from deltaray.weights.headers import SINGLE, Held, tensors_of_model
 
 PROBE = "Hello  world,\n\n\tit's 12345 + 0.5 = café 你好 <b>\n"
 """A text on which tokenizers that are not the same seldom agree."""
@@ -103,7 +103,7 @@ def _complete(source: Path, folder: Path, model: Any) -> bool:
 
 def _add_file(folder: Path, ours: Mapping[str, Held], left: Mapping[str, Held]) -> None:
     """Adds tensors in one more file, and names all files and the index as transformers does."""
-    from deltaray.merge.write import TensorFile
+    from deltaray.model_files.tensor_file import TensorFile
 
     files = sorted({held.file for held in ours.values()})
     names = {file: f"model-{place + 1:05d}-of-{len(files) + 1:05d}.safetensors" for place, file in enumerate(files)}

@@ -12,15 +12,15 @@ from ray.exceptions import RayActorError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchTrainer
 
+from deltaray.data.store import Store
+from deltaray.failures import failure_of
 from deltaray.imports import quick_imports
 from deltaray.recipe.study import Study, TrainingRun
 from deltaray.recipe.training import Training
-from deltaray.runtime.failures import failure_of
-from deltaray.runtime.guard import guard
-from deltaray.runtime.leftovers import release_groups
+from deltaray.runtime.placement_groups import release_groups
+from deltaray.runtime.process_watchdog import guard
 from deltaray.runtime.session import Capacity, beside_driver, cluster_capacity
 from deltaray.runtime.threads import Job, as_room_allows
-from deltaray.store import Store
 from deltaray.train.network import NodeNetwork
 
 OnProgress = Callable[[str, int, int, dict[str, Any]], None]
@@ -70,7 +70,7 @@ def train(
         ray.kill(progress)
         for number in range(len(groups)):
             with suppress(OSError):  # worth nothing any more
-                store.delete_folder(f"{_STATE}/{name}-{number}")
+                store.delete_folder(f"{Store.train_state}/{name}-{number}")
     if refusal is not None:
         raise refusal
     return [run.name for run in missing]
@@ -112,17 +112,13 @@ def _fit(trainer: Callable[[], TorchTrainer], progress: Any, group: list[Trainin
             ray.get(progress.note.remote(run, f"an actor of Ray Train died; starting the workers again ({again})"))
 
 
-_STATE = ".deltaray/train"
-"""Where Ray Train keeps its own state while it runs."""
-
-
 def _trainer(
     study: Study, training: Training, store: Store, runs: list[TrainingRun], progress: Any, name: str
 ) -> TorchTrainer:
     gpus = cluster_capacity(study.recipe.cluster).gpus_per_worker(training.gpus_per_worker)
     resources = {"CPU": training.cpus_per_worker} | ({"GPU": gpus} if gpus else {})
     asked = training.generation
-    folder, filesystem = store.place(_STATE)
+    folder, filesystem = store.place(Store.train_state)
     job = {
         "store": store,
         "training": training,

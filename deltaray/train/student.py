@@ -7,6 +7,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from deltaray.errors import StageError
+from deltaray.model_files.fit import misfit
 from deltaray.recipe.models import Student
 from deltaray.recipe.training import Lora
 from deltaray.train.adapter import with_adapter
@@ -14,7 +15,6 @@ from deltaray.train.attention import PACKED
 from deltaray.train.logprobs import ResponseLogProbs
 from deltaray.train.noise import switch_noise_off
 from deltaray.train.probe import follow
-from deltaray.weights.fit import misfit
 
 
 def load_module(student: Student, dtype: str, lora: Lora | None = None, start: str | None = None) -> ResponseLogProbs:

@@ -20,8 +20,8 @@ from deltaray.train.experts import Routing, drift
 from deltaray.train.formulas import LossSettings
 from deltaray.train.forward import Cutter, Pass, sides_of
 from deltaray.train.losses import LOSSES, Divisors, PairLosses, Side, contribution, kl_estimate
+from deltaray.train.micro_batches import batch_at, plan_passes
 from deltaray.train.packing import Item
-from deltaray.train.passes import batch_at, plan_passes
 from deltaray.train.schedule import learning_rate, steps_per_epoch
 from deltaray.train.student import is_packed
 

@@ -4,10 +4,10 @@ from typing import Any
 
 import pyarrow as pa
 
+from deltaray.data.storage.cells import csv_bytes
+from deltaray.data.store import Store
 from deltaray.recipe.check_exploration import objectives_of
 from deltaray.recipe.study import Study
-from deltaray.storage.cells import csv_bytes
-from deltaray.store import Store
 from deltaray.tune.landscape import Point, landscape
 from deltaray.tune.records import Record
 

@@ -6,12 +6,12 @@ from typing import Any
 
 from ray.tune import Callback
 
+from deltaray.data.store import Store
+from deltaray.failures import cause_of
 from deltaray.recipe.check_exploration import objectives_of
 from deltaray.recipe.recipe import Recipe
-from deltaray.runtime.failures import cause_of
-from deltaray.store import Store
+from deltaray.recipe.search_space import Trial, trial_of
 from deltaray.tune.records import write_record
-from deltaray.tune.space import Trial, trial_of
 
 ENDED = ("finished", "failed")
 """Phases in which a trial has written its record itself."""

@@ -4,7 +4,7 @@ from typing import Any
 
 from ray.tune.logger import CSVLoggerCallback
 
-from deltaray.storage.cells import harmless
+from deltaray.data.storage.cells import harmless
 
 
 class HarmlessCsv(CSVLoggerCallback):  # type: ignore[misc]

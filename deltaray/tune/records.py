@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from deltaray.storage.filesystem import together
-from deltaray.store import Store
-from deltaray.tune.space import Trial
+from deltaray.data.storage.filesystem import together
+from deltaray.data.store import Store
+from deltaray.recipe.search_space import Trial
 
 Record = dict[str, Any]
 OVER = ("finished", "stopped", "failed")

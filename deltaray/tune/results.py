@@ -4,6 +4,8 @@ from typing import Any
 
 import numpy as np
 
+from deltaray.data.shapes import EVALUATION
+from deltaray.data.store import Store
 from deltaray.evaluate.compare import compare
 from deltaray.evaluate.results import evaluation_of
 from deltaray.evaluate.statistics import mean_and_stderr
@@ -11,10 +13,8 @@ from deltaray.evaluate.values import TaskValues
 from deltaray.pair.describe import delta_path
 from deltaray.recipe.check_exploration import objectives_of
 from deltaray.recipe.recipe import Recipe
+from deltaray.recipe.search_space import Trial
 from deltaray.recipe.study import Study
-from deltaray.shapes import EVALUATION
-from deltaray.store import Store
-from deltaray.tune.space import Trial
 
 EDGE = 5
 """Steps at each end of a run whose mean log-probs are compared: single batches scatter."""

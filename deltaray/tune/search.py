@@ -15,8 +15,8 @@ from ray.tune.search import Searcher
 from deltaray.recipe.check_exploration import objectives_of
 from deltaray.recipe.exploration import Range
 from deltaray.recipe.recipe import Recipe
+from deltaray.recipe.search_space import Choice, axes, explored, trial_of
 from deltaray.tune.records import Record
-from deltaray.tune.space import Choice, axes, explored, trial_of
 
 ATTEMPTS = 100
 """Suggestions in a row that are no new trial before the space counts as used up."""

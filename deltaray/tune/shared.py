@@ -4,10 +4,10 @@ from dataclasses import replace
 
 from deltaray.errors import UserError
 from deltaray.recipe.expand import expand
+from deltaray.recipe.search_space import Choice, Trial, axes, explored, known_trials, trial_of
 from deltaray.recipe.study import Study
 from deltaray.runtime.demands import demands
 from deltaray.runtime.session import TRIAL_CPUS, Capacity
-from deltaray.tune.space import Choice, Trial, axes, explored, known_trials, trial_of
 
 
 def study_of(base: Study, trials: list[Trial]) -> Study:

@@ -8,15 +8,15 @@ from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
+from deltaray.data.store import Store
 from deltaray.errors import StageError
 from deltaray.recipe.recipe import Recipe
+from deltaray.recipe.search_space import explored, holds, known_trials, trial_of
 from deltaray.recipe.study import Study
 from deltaray.runtime.session import TRIAL_CPUS, Capacity, beside_driver
 from deltaray.runtime.threads import side_by_side
-from deltaray.store import Store
 from deltaray.tune.records import Record, is_over, read_records
 from deltaray.tune.shared import at_once, count_of, trial_demand
-from deltaray.tune.space import explored, holds, known_trials, trial_of
 
 LOGS = "tuning/ray"
 """Ray Tune's own files, TensorBoard's among them: a folder for each command."""

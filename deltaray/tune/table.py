@@ -4,8 +4,8 @@ from typing import Any
 
 from rich.table import Table
 
-from deltaray.storage.shape import ANY
-from deltaray.store import Store
+from deltaray.data.storage.shape import ANY
+from deltaray.data.store import Store
 
 SHOWN = 40
 """Rows; all are in `tuning/trials.csv`."""

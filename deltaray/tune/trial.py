@@ -13,15 +13,17 @@ from typing import Any
 import ray
 from ray import tune
 
+from deltaray.data.store import Store
 from deltaray.errors import StageError, UserError
+from deltaray.failures import told_in
+from deltaray.pair.definition import pairing_definitions
+from deltaray.recipe.search_space import Choice, Trial, trial_of
 from deltaray.recipe.study import Study
-from deltaray.runtime.failures import told_in
 from deltaray.runtime.session import Capacity
-from deltaray.store import Store
+from deltaray.train.definition import run_definitions
 from deltaray.tune.records import write_record
 from deltaray.tune.results import facts_of, objective_values
 from deltaray.tune.shared import study_of
-from deltaray.tune.space import Choice, Trial, trial_of
 
 REPORT_INTERVAL = 2.0
 """Seconds between two reports of where a trial is; held-out measurements are always reported."""
@@ -47,11 +49,9 @@ class PairMaker:
             UserError: rules left none.
         """
         from deltaray.pair.stage import is_done, pair
-        from deltaray.runtime.preflight import definitions
 
         study = study_of(base, [trial])
-        kinds = ("pairs/", "training/")
-        store.claim({name: value for name, value in definitions(study).items() if name.startswith(kinds)})
+        store.claim(pairing_definitions(study) | run_definitions(study))
         if not all(is_done(study, store, name) for name in study.pairings):
             pair(study, store)
 

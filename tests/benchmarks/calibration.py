@@ -16,8 +16,8 @@ from typing import Any
 
 from miniature_seeds import PACKAGES, hardware, installed
 
-from deltaray.calibrate.compare import compare
-from deltaray.store import Store
+from deltaray.data.store import Store
+from deltaray.study.calibrate.compare import compare
 
 PROMPTS = 1024
 RECIPE = "jobs/recipes/miniature.yaml"

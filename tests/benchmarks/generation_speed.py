@@ -136,14 +136,14 @@ def prompt_rows(case: Case) -> list[dict[str, Any]]:
 
 def ours(case: Case, folder: Path) -> list[Event]:
     """What `deltaray generate` does with prompts that are in the store."""
-    from deltaray.contracts import RESPONSES
+    from deltaray.data.contracts import RESPONSES
+    from deltaray.data.prompts.shards import store_prompts
+    from deltaray.data.store import Store
     from deltaray.generate.answer import answer, work_of
-    from deltaray.generate.identity import generation_identity, identity_digest
+    from deltaray.generate.fingerprint import generation_identity, identity_digest
     from deltaray.generate.stage import responses_table
     from deltaray.generate.units import Assignment
-    from deltaray.prompts.shards import store_prompts
     from deltaray.runtime.session import start_ray, stop_ray
-    from deltaray.store import Store
 
     store, events = Store(str(folder / "out")), []
     store_prompts(store, prompt_rows(case), case.prompts, unit_size=case.unit_size)
@@ -164,9 +164,9 @@ def ours(case: Case, folder: Path) -> list[Event]:
 
 def bare(case: Case, folder: Path) -> list[Event]:
     """vLLM's AsyncLLM and a coroutine per request."""
-    from deltaray.chat import prompts_ids
+    from deltaray.data.tokens import load_tokenizer
+    from deltaray.data.tokens.chat import prompts_ids
     from deltaray.generate.requests import sampling_parameters
-    from deltaray.tokenizer import load_tokenizer
 
     teacher, rows = teacher_of(case, folder), prompt_rows(case)
     token_ids, _ = prompts_ids(load_tokenizer(teacher, "model"), [row["messages"] for row in rows])
@@ -211,7 +211,7 @@ def make_model(folder: Path, case: Case) -> int:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from deltaray.miniature.tokenizer import VOCABULARY_SIZE, build_tokenizer
+    from deltaray.labs.miniature.tokenizer import VOCABULARY_SIZE, build_tokenizer
 
     torch.manual_seed(0)
     tokenizer = build_tokenizer()

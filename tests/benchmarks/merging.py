@@ -27,12 +27,13 @@ from miniature_seeds import hardware, installed
 from torch import Tensor
 
 from deltaray.merge.adapter import Adapter
-from deltaray.merge.asked import Merge
+from deltaray.merge.arguments import Merge
 from deltaray.merge.factors import Factors
 from deltaray.merge.matrix import merge_matrix
 from deltaray.merge.methods import METHODS, Options
 from deltaray.merge.run import merge_adapters
-from deltaray.merge.write import TensorFile, adapter_config
+from deltaray.merge.write import adapter_config
+from deltaray.model_files.tensor_file import TensorFile
 
 RESULT = Path(__file__).parent / "results" / "merging.json"
 HIDDEN, KEYS, INNER, RANK, ADAPTERS = 4096, 1024, 12288, 64, 3

@@ -30,15 +30,15 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
 from tiny_model import save_tiny  # noqa: E402
 
-from deltaray.contracts import RESPONSES  # noqa: E402
+from deltaray.data.contracts import RESPONSES  # noqa: E402
+from deltaray.data.prompts import store_prompts  # noqa: E402
+from deltaray.data.store import Store  # noqa: E402
 from deltaray.pair import describe as describing  # noqa: E402
 from deltaray.pair import stage as pairing  # noqa: E402
-from deltaray.prompts import store_prompts  # noqa: E402
+from deltaray.pair.token_ids import missing_tokens, paired_sides, tokenize_file  # noqa: E402
 from deltaray.recipe import Recipe, Study, expand  # noqa: E402
 from deltaray.runtime.memory import PeakMemory  # noqa: E402
 from deltaray.score import stage as scoring  # noqa: E402
-from deltaray.store import Store  # noqa: E402
-from deltaray.tokens import missing_tokens, paired_sides, tokenize_file  # noqa: E402
 
 RESULT = Path(__file__).parent / "results" / "pairing.json"
 SHARD = 32_768

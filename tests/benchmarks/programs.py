@@ -19,7 +19,7 @@ from pathlib import Path
 
 from miniature_seeds import hardware
 
-from deltaray.score import sandbox
+from deltaray.score.programs import sandbox
 
 RESULT = Path(__file__).parent / "results" / "programs.json"
 PROGRAMS = [

@@ -173,16 +173,16 @@ def measure() -> Iterator[dict[str, Any]]:
     from fake_engine import Behaviour, FakeSpec
     from tiny_model import save_tiny
 
-    from deltaray.contracts import RESPONSES
-    from deltaray.generate import share as sharing
+    from deltaray.data.contracts import RESPONSES
+    from deltaray.data.prompts import store_prompts
+    from deltaray.data.store import Store
+    from deltaray.generate import engine_sharing
     from deltaray.generate.answer import answer, work_of
     from deltaray.generate.stage import responses_table
     from deltaray.generate.units import Assignment
-    from deltaray.prompts import store_prompts
     from deltaray.recipe.models import Teacher
     from deltaray.recipe.recipe import Failures
     from deltaray.runtime.session import Capacity
-    from deltaray.store import Store
 
     ray.init(num_cpus=16, include_dashboard=False, log_to_driver=False, logging_level="warning")
     ray.cloudpickle.register_pickle_by_value(fake_engine)
@@ -201,7 +201,7 @@ def measure() -> Iterator[dict[str, Any]]:
             # two units in flight, each of which waits for itself alone: twice the delay keeps the pace
             behaviour = Behaviour(delay=2 * unit_seconds, marks=str(marks))
             spec = FakeSpec(behaviour, cpus=0.5, min_replicas=replicas, max_replicas=replicas)
-            sharing.pool_spec = lambda teachers, capacity, spec=spec: spec  # type: ignore[assignment]
+            engine_sharing.pool_spec = lambda teachers, capacity, spec=spec: spec  # type: ignore[assignment]
             teacher = Teacher.model_validate(
                 {"model": save_tiny(Path(folder, "model")), "engine": {"units_in_flight": 2}}
             )

@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 from miniature_seeds import hardware, installed
 
-from deltaray.theory.closed_form import ROOT, Course, course_of
-from deltaray.theory.setting import SPAN, Setting, Vectors, draw_vectors
-from deltaray.theory.simulate import simulate
+from deltaray.labs.theory.closed_form import ROOT, Course, course_of
+from deltaray.labs.theory.setting import SPAN, Setting, Vectors, draw_vectors
+from deltaray.labs.theory.simulate import simulate
 
 SETTING = Setting(20_000, 0.8, 0.6, 0.2, batch=2048)
 DRAWS, STEPS, REPEATS, BLOCK = 24, 12, 400, 256

@@ -6,12 +6,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from deltaray.data.tokens.load import COMPARED
 from deltaray.errors import StageError, UserError
 from deltaray.merge.adapter import Adapter
 from deltaray.recipe.models import Student, Teacher
 from deltaray.recipe.scorers import RewardModel
-from deltaray.runtime.check_models import check_model
-from deltaray.tokenizer.load import COMPARED
+from deltaray.study.check_models import check_model
 from tests.fuzz.mutate import change, spoil
 from tests.fuzz.recipes import Check, _silent
 from tests.tiny_model import make_model, save_tiny

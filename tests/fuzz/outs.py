@@ -17,16 +17,16 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from deltaray.cli.stages import _conclude
-from deltaray.contracts import PAIRS
+from deltaray.data.contracts import PAIRS
+from deltaray.data.store import Store
 from deltaray.errors import StageError, UserError
-from deltaray.pipeline import Pipeline
 from deltaray.recipe import load_recipe
 from deltaray.report import write_report
 from deltaray.runtime.runner import Runner
 from deltaray.runtime.session import Capacity
 from deltaray.runtime.terminal import Terminal
-from deltaray.status import open_study, study_status
-from deltaray.store import Store
+from deltaray.study.pipeline import Pipeline
+from deltaray.study.status import open_study, study_status
 from tests.fuzz.mutate import change, spoil
 from tests.fuzz.recipes import Check, _silent
 from tests.tiny_model import save_tiny
@@ -167,7 +167,7 @@ def _stay_here() -> None:
         _put(import_module(f"deltaray.{name}"), "map_units", _map_units)
     _put(Runner, "ray", lambda self: Capacity(8, 0))
     _put(Runner, "stage", _stage)
-    _put(import_module("deltaray.pipeline"), "stop_ray", lambda: None)  # it would stop the one of other tests
+    _put(import_module("deltaray.study.pipeline"), "stop_ray", lambda: None)  # it would stop the one of other tests
 
 
 def _put(place: Any, name: str, instead: Any) -> None:

@@ -11,10 +11,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from deltaray.data.prompts import read_prompts
+from deltaray.data.prompts.preferences import read_preferences
+from deltaray.data.prompts.shards import prompt_table
 from deltaray.errors import UserError
-from deltaray.prompts import read_prompts
-from deltaray.prompts.preferences import read_preferences
-from deltaray.prompts.shards import prompt_table
 from deltaray.recipe.recipe import Preferences
 from tests.fuzz.mutate import change, json_bytes, spoil, value
 from tests.fuzz.recipes import Check, _silent

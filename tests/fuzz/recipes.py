@@ -11,15 +11,15 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-import deltaray.miniature.make
-import deltaray.runtime.check_models
+import deltaray.labs.miniature.make
+import deltaray.study.check_models
 import deltaray.train.check
 import deltaray.tune.stage  # noqa: F401 - imported here, so that no input is charged for it
 from deltaray.errors import StageError, UserError
-from deltaray.pipeline import Pipeline
-from deltaray.plan import plan_json, plan_table
 from deltaray.recipe import dump_recipe, load_recipe, recipe_folder
 from deltaray.runtime.terminal import Terminal
+from deltaray.study.pipeline import Pipeline
+from deltaray.study.plan import plan_json, plan_table
 from tests.fuzz.mutate import ODD, TEXTS, change, places, spoil, value
 
 FILES = ("path", "chat_template", "adapter", "model", "out", "directory")

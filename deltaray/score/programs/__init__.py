@@ -1,0 +1,1 @@
+"""Runs and tests programs that models wrote, confined."""
