@@ -85,7 +85,7 @@ def compare(out: Path, layout: dict, settings: dict) -> dict:
     address = layout.pop("store", str(out / "store"))
     if folder := layout.get("offload_folder"):
         layout["offload_folder"] = str(out / folder)
-    training = Training(runs={}, tokens_per_pass=80, **{"dtype": "float32"} | layout)
+    training = Training(runs={}, micro_batch_tokens=80, **{"dtype": "float32"} | layout)
     settings = {"batch_size": 5, "learning_rate": 1e-3, "weight_decay": 0.01} | settings
     run = TrainingRun("run", "student", ("pairs",), Run(pairing="pairs", **settings), None)
     pairs = examples(TEXTS * 3)

@@ -7,7 +7,7 @@ import pyarrow as pa
 import torch
 from tiny_model import make_tokenizer
 
-from deltaray.data.tokens.chat import prompt_ids
+from deltaray.data.tokens.chat import render_prompt
 from deltaray.data.tokens.response_tokens import Written, response_ids
 from deltaray.train.examples import Examples, Ragged
 from deltaray.train.formulas import LossSettings
@@ -24,7 +24,7 @@ def examples(texts=TEXTS, max_length=64) -> Examples:
     tokenizer = make_tokenizer()
     ids = []
     for question, *answers in texts:
-        prompt = prompt_ids(tokenizer, [{"role": "user", "content": question}])
+        prompt = render_prompt(tokenizer, [{"role": "user", "content": question}])
         ids.append((prompt, [response_ids(tokenizer, prompt, Written(answer)) for answer in answers]))
     return examples_of([prompt for prompt, _ in ids], *zip(*(sides for _, sides in ids), strict=True), max_length)
 

@@ -223,7 +223,7 @@ def test_two_things_never_get_one_name(tmp_path: Path, overrides: list[str], mes
             [f"seeds={list(range(SEEDS))}", f"training.runs.first.learning_rate={[n / 1e9 for n in range(1, 40)]}"],
             "over all seeds",
         ),
-        ([f"training.runs.first.early={list(range(1, STUDY_ITEMS // 2 + 2))}"], "over all seeds"),
+        ([f"training.runs.first.intermediate_checkpoints={list(range(1, STUDY_ITEMS // 2 + 2))}"], "over all seeds"),
         (
             ["training.heldout=0.1", "exploration.search=random", "exploration.samples=1000000000"],
             "1,000,000,000 trials",

@@ -20,7 +20,7 @@ import deltaray.study.pipeline
 from deltaray.data.contracts import EXTENSIONS, PROMPTS, RESPONSES
 from deltaray.data.prompts.source import check_source, store_source
 from deltaray.data.store import Store
-from deltaray.data.tokens.chat import prompt_ids
+from deltaray.data.tokens.chat import render_prompt
 from deltaray.errors import UserError
 from deltaray.generate.extend.multi_turn import Talk
 from deltaray.generate.extend.rules import drawn_kind
@@ -54,7 +54,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_what_is_too_long_cut_or_nothing_new_is_dropped_with_its_reason(model: str) -> None:
     origin, between = row("1+1=")["messages"], {"role": "assistant", "content": "2"}
     said = [[{"role": "user", "content": "x" * n}, between, *origin] for n in (20, 21)]
-    limit = len(prompt_ids(make_tokenizer(), said[0]))
+    limit = len(render_prompt(make_tokenizer(), said[0]))
     whole = {"token_ids": [], "tokens": 3, "reasoning": None, "finish_reason": "stop", "error": None}
     outputs = [whole | {"text": json.dumps(messages)} for messages in [*said, [*origin, between, *origin]]]
     outputs += [whole | {"text": "half a", "finish_reason": "length"}, whole | {"text": " "}, failed("out of luck")]
@@ -96,7 +96,7 @@ class Scribe:
 
     async def generate(self, unit: Mapping[str, Any]) -> list[list[dict[str, Any]]]:
         for name, messages, ids in zip(unit["prompt_ids"], unit["messages"], unit["token_ids"], strict=True):
-            assert ids == prompt_ids(make_tokenizer(), messages)
+            assert ids == render_prompt(make_tokenizer(), messages)
             assert (messages[0]["content"] == "be kind") is not is_asked_as_user(messages)
             self.asked.append(name)
         return [[self.answer(name)] for name in unit["prompt_ids"]]

@@ -17,7 +17,7 @@ from tiny_model import make_model
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from deltaray.data.tokens import load_tokenizer
-from deltaray.data.tokens.chat import prompts_ids
+from deltaray.data.tokens.chat import render_prompts
 from deltaray.data.tokens.check import check_tokenizer
 from deltaray.data.tokens.templates import _overruns, render
 from deltaray.errors import UserError
@@ -131,7 +131,7 @@ def test_wherever_a_template_stands(where: str, tmp_path: Path) -> None:
 def test_one_hostile_row_is_the_failure_of_that_row(tmp_path: Path) -> None:
     attack = "{% if 'quokkas' in messages[0].content %}" + HOSTILE["loops in loops"] + "{% endif %}"
     tokenizer = load_tokenizer(Model(model=str(made(tmp_path / "model", CHATML + attack))), "x")
-    ids, refusals = prompts_ids(tokenizer, [asks(text) for text in ("one", "about quokkas", "three")])
+    ids, refusals = render_prompts(tokenizer, [asks(text) for text in ("one", "about quokkas", "three")])
     assert ids[0] and ids[2] and not ids[1] and refusals[0] is refusals[2] is None
     assert "the chat template refuses it: OverLimitError: it takes more than 0.3 s of computing" in str(refusals[1])
 

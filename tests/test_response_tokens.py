@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from deltaray.data.tokens import turn_end_ids
 from deltaray.data.tokens.answer_frame import frame_of
-from deltaray.data.tokens.chat import RefusedError, prompt_ids
+from deltaray.data.tokens.chat import RefusedError, render_prompt
 from deltaray.data.tokens.response_tokens import THOUGHTS, Written, response_ids
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
@@ -59,7 +59,7 @@ def tokenizer_of(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def ids_of(tokenizer: Any, text: str, reasoning: str | None = None, **own: Any) -> list[int]:
-    return response_ids(tokenizer, prompt_ids(tokenizer, QUESTION), Written(text, reasoning, **own))
+    return response_ids(tokenizer, render_prompt(tokenizer, QUESTION), Written(text, reasoning, **own))
 
 
 def pieces(tokenizer: Any, text: str, reasoning: str | None = None) -> str:
@@ -176,7 +176,7 @@ def test_ids_of_a_teacher_with_the_same_tokenizer_are_kept(tokenizer_of: Any) ->
     """Also where the tokenizer would cut the text in another way than the model wrote it."""
     tokenizer = tokenizer_of("qwen3", "chatml")
     odd = [tokenizer.convert_tokens_to_ids(piece) for piece in ("R", "iver", "s", "\u010a", "\u010a")]
-    prompt, text = prompt_ids(tokenizer, QUESTION), tokenizer.decode(odd)
+    prompt, text = render_prompt(tokenizer, QUESTION), tokenizer.decode(odd)
     assert tokenizer.encode(text) != odd
     end = [tokenizer.eos_token_id]
     assert ids_of(tokenizer, text, token_ids=[*odd, *end], prompt_token_ids=prompt) == [*odd, *end]
@@ -190,7 +190,7 @@ def test_control_tokens_that_a_teacher_wrote_are_not_trained(tokenizer_of: Any) 
     tokenizer = tokenizer_of("qwen3", "chatml")
     start = tokenizer.convert_tokens_to_ids("<|im_start|>")
     wrote = [*tokenizer.encode("Po"), start, *tokenizer.encode(" and Elbe")]
-    prompt = prompt_ids(tokenizer, QUESTION)
+    prompt = render_prompt(tokenizer, QUESTION)
     assert ids_of(tokenizer, "Po and Elbe", token_ids=wrote, prompt_token_ids=prompt) == [
         *tokenizer.encode("Po and Elbe"), tokenizer.eos_token_id
     ]  # fmt: skip
@@ -201,7 +201,7 @@ def test_written_thoughts_are_kept_as_written(tokenizer_of: Any, thought: str) -
     """The parser of thoughts strips white space; the ids bring it back."""
     tokenizer = tokenizer_of("qwen3", "qwen3")
     written = tokenizer.encode(f"<think>\n{thought}\n\n</think>\n\n\nPo")
-    prompt = prompt_ids(tokenizer, QUESTION)
+    prompt = render_prompt(tokenizer, QUESTION)
     own = {"token_ids": [*written, tokenizer.eos_token_id], "prompt_token_ids": prompt}
     assert ids_of(tokenizer, "Po", thought or None, **own) == own["token_ids"]
     other = ids_of(tokenizer, "Po", "Something else", **own)  # ids that spell another response are not taken

@@ -26,7 +26,7 @@ STEPS = 20
 
 def study_for(out, model, **training):
     run = {"pairing": "delta", "batch_size": 5, "epochs": 4, "learning_rate": 1e-3, "beta": 5.0}
-    layout = {"workers": 2, "dtype": "float32", "tokens_per_pass": 150, "checkpoint_steps": 4} | training
+    layout = {"workers": 2, "dtype": "float32", "micro_batch_tokens": 150, "checkpoint_steps": 4} | training
     recipe = {
         "name": "tiny",
         "out": str(out),

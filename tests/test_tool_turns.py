@@ -18,7 +18,7 @@ from deltaray.data.contracts import PROMPTS
 from deltaray.data.prompts import store_prompts
 from deltaray.data.prompts.preferences import preference_row
 from deltaray.data.store import Store
-from deltaray.data.tokens.chat import NotShownError, prompt_ids, prompts_ids
+from deltaray.data.tokens.chat import NotShownError, render_prompt, render_prompts
 from deltaray.data.tokens.response_tokens import Written, response_ids
 from deltaray.errors import UserError
 from deltaray.generate.completions import request_body
@@ -131,9 +131,9 @@ def test_ids_are_the_templates_own(name: str, arguments: Any) -> None:
     expected = tokenizer.apply_chat_template(
         turns, tools=[WEATHER], add_generation_prompt=True, tokenize=True, return_dict=False
     )
-    assert prompt_ids(tokenizer, turns, [WEATHER]) == expected
-    assert prompts_ids(tokenizer, [ORDINARY, turns], [None, [WEATHER]])[0][1] == expected
-    prompt = prompt_ids(tokenizer, turns, [WEATHER])
+    assert render_prompt(tokenizer, turns, [WEATHER]) == expected
+    assert render_prompts(tokenizer, [ORDINARY, turns], [None, [WEATHER]])[0][1] == expected
+    prompt = render_prompt(tokenizer, turns, [WEATHER])
     answer = response_ids(tokenizer, prompt, Written("warm"))
     answered = [*turns, {"role": "assistant", "content": "warm"}]
     whole = tokenizer.apply_chat_template(answered, tools=[WEATHER], tokenize=True, return_dict=False)
@@ -152,8 +152,8 @@ def test_a_template_that_cannot_show_tools_refuses_the_prompt_alone(
     name: str, turns: list[dict[str, Any]], tools: list[dict[str, Any]] | None, words: str
 ) -> None:
     tokenizer = with_template(name)
-    ids, refused = prompts_ids(tokenizer, [ORDINARY, turns], [None, tools])
-    assert refused[0] is None and ids[0] == prompt_ids(tokenizer, ORDINARY)
+    ids, refused = render_prompts(tokenizer, [ORDINARY, turns], [None, tools])
+    assert refused[0] is None and ids[0] == render_prompt(tokenizer, ORDINARY)
     assert ids[1] == [] and words in (refused[1] or "")
 
 
@@ -162,8 +162,8 @@ def test_a_schema_without_a_name_is_given_all_the_same() -> None:
     expected = tokenizer.apply_chat_template(
         ORDINARY, tools=tools, add_generation_prompt=True, tokenize=True, return_dict=False
     )
-    assert prompts_ids(tokenizer, [ORDINARY, ORDINARY], [tools, None]) == (
-        [expected, prompt_ids(tokenizer, ORDINARY)],
+    assert render_prompts(tokenizer, [ORDINARY, ORDINARY], [tools, None]) == (
+        [expected, render_prompt(tokenizer, ORDINARY)],
         [None, None],
     )
 
@@ -171,14 +171,14 @@ def test_a_schema_without_a_name_is_given_all_the_same() -> None:
 def test_a_lost_call_and_a_lost_answer_are_both_seen() -> None:
     tokenizer = make_tokenizer()  # writes role and content of every turn, and nothing else
     called = [{"role": "assistant", "content": "", "tool_calls": [CALL]}]
-    prompt_ids(tokenizer, [TURNS[1], TURNS[3]])
+    render_prompt(tokenizer, [TURNS[1], TURNS[3]])
     with pytest.raises(NotShownError, match="get_weather"):
-        prompt_ids(tokenizer, [TURNS[1], *called, TURNS[3]])
+        render_prompt(tokenizer, [TURNS[1], *called, TURNS[3]])
     tokenizer.chat_template = tokenizer.chat_template.replace(
         "'<' + m['role']", "'' if m['role'] == 'tool' else '<' + m['role']"
     )
     with pytest.raises(NotShownError, match="21 <b>"):
-        prompt_ids(tokenizer, [TURNS[1], TURNS[3]])
+        render_prompt(tokenizer, [TURNS[1], TURNS[3]])
 
 
 # --- through the stages -----------------------------------------------------------------------------------------

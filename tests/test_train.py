@@ -16,7 +16,7 @@ from tiny_model import make_tokenizer, save_tiny
 
 from deltaray.data.contracts import METRICS, PAIRS, PROMPTS, REFERENCES, RESPONSES
 from deltaray.data.store import Store
-from deltaray.data.tokens.chat import prompt_ids
+from deltaray.data.tokens.chat import render_prompt
 from deltaray.data.tokens.response_tokens import Written, response_ids
 from deltaray.errors import StageError
 from deltaray.recipe import Recipe, expand
@@ -46,13 +46,13 @@ def recipe_for(out, model):
             "training": {
                 "workers": 2,
                 "dtype": "float32",
-                "tokens_per_pass": 60,  # several passes, some with a pair that only fills up
+                "micro_batch_tokens": 60,  # several passes, some with a pair that only fills up
                 "checkpoint_steps": 3,
                 "heldout": 0.25,
                 "heldout_evaluations": 2,
                 "generation": {"prompts": 3, "max_tokens": 4, "scorer": "text"},
                 "runs": {
-                    "delta": {**run, "loss": "dpo_norm", "beta": 5.0, "early": [2]},
+                    "delta": {**run, "loss": "dpo_norm", "beta": 5.0, "intermediate_checkpoints": [2]},
                     "sft": {**run, "loss": "sft"},
                     "further": {**run, "loss": "dpo", "lora": {"rank": 4, "alpha": 8}, "after": "lora"},
                     "lora": {**run, "loss": "dpo", "lora": {"rank": 4, "alpha": 8}},
@@ -105,7 +105,7 @@ def _response(teacher, prompt_id, text):
 
 def _pair(prompt_id, messages, chosen, rejected):
     tokenizer = make_tokenizer()
-    prompt = prompt_ids(tokenizer, messages)
+    prompt = render_prompt(tokenizer, messages)
     ids = [response_ids(tokenizer, prompt, Written(text)) for text in (chosen, rejected)]
     sides = {"chosen": chosen, "rejected": rejected}
     turns = {side: [{"role": "assistant", "content": text}] for side, text in sides.items()}
@@ -274,7 +274,7 @@ def test_an_early_student_is_that_of_its_step(trained):
     with torch.no_grad():
         loss = plain_loss(_reloaded(study, store, "delta-step2"), data.heldout, range(5), study.runs["delta"].settings)
     assert metrics_of(store, "delta")[1]["heldout_loss"] == pytest.approx(loss.item(), rel=1e-4)
-    assert study.runs["delta"].early == {2: "delta-step2"}
+    assert study.runs["delta"].intermediate_checkpoints == {2: "delta-step2"}
 
 
 def test_a_run_after_another_starts_from_its_adapter_and_keeps_the_untouched_reference(trained):

@@ -59,7 +59,7 @@ def models_to_evaluate(study: Study, store: Store) -> dict[str, tuple[Teacher, l
             found[evaluated.name] = (study.teachers[evaluated.name], list(evaluation.tasks))
     for run in study.runs.values():
         tasks = [*evaluation.tasks, *study.selected_on(run.name)]
-        for name in (*run.early.values(), run.name):
+        for name in (*run.intermediate_checkpoints.values(), run.name):
             if student and (path := store.trained(name)):
                 found[name] = (_trained(study.students[run.student], store.local_folder(path), run), tasks)
     for merge in study.merges.values():

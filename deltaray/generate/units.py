@@ -16,7 +16,7 @@ from deltaray.data.prompts.shards import read_rows, shard_name
 from deltaray.data.prompts.turns import full_turns
 from deltaray.data.store import Store
 from deltaray.data.tokens import load_tokenizer, turn_end
-from deltaray.data.tokens.chat import Message, Tools, prompts_ids
+from deltaray.data.tokens.chat import Message, Tools, render_prompts
 from deltaray.failures import reason_of
 from deltaray.generate.staging import failed_rows, folder_of, keys_in, unless_moved
 from deltaray.recipe.models import Model, Teacher
@@ -189,9 +189,9 @@ def render(
 def each_ids(
     tokenizer: Any, messages: Sequence[list[Message]], tools: Sequence[Tools | None] | None = None
 ) -> tuple[list[list[int]], list[str | None]]:
-    """As `prompts_ids`, also where what one prompt raises is no `Exception`, as a panic of Rust code is none."""
+    """As `render_prompts`, also where what one prompt raises is no `Exception`, as a panic of Rust code is none."""
     try:
-        return prompts_ids(tokenizer, messages, tools)
+        return render_prompts(tokenizer, messages, tools)
     except BaseException as error:
         if len(messages) == 1:
             return [[]], [reason_of(error)]

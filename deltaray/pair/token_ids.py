@@ -16,7 +16,7 @@ from deltaray.data.prompts.turns import full_turns
 from deltaray.data.storage.filesystem import together
 from deltaray.data.store import Store
 from deltaray.data.tokens import load_tokenizer
-from deltaray.data.tokens.chat import prompt_ids, refusal_of
+from deltaray.data.tokens.chat import refusal_of, render_prompt
 from deltaray.data.tokens.response_tokens import Written, response_ids
 from deltaray.errors import UserError
 from deltaray.recipe.models import Model, Student, Teacher
@@ -140,7 +140,7 @@ def _tokens(tokenizer: Any, chat: tuple[Any, Any], row: dict[str, Any]) -> dict[
     written = Written(row["text"], row["reasoning"], row.get("token_ids", ()), row.get("prompt_token_ids", ()))
     try:
         turns, tools = full_turns(*(column.as_py() for column in chat))
-        prompt = prompt_ids(tokenizer, turns, tools)
+        prompt = render_prompt(tokenizer, turns, tools)
         ids = response_ids(tokenizer, prompt, written)
     except BaseException as error:
         return {"prompt_token_ids": [], "token_ids": [], "refusal": refusal_of(error)}

@@ -64,7 +64,7 @@ def _check_names(recipe: Recipe) -> Iterator[Problem]:
                 yield at, f"differs from {before} in case only, and some disks have one folder for both; rename one"
     taken: set[str] = {recipe.student.name} if recipe.student else set()
     for name, run in (recipe.training.runs if recipe.training else {}).items():
-        for result in (name, *(f"{name}-step{step}" for step in run.early)):
+        for result in (name, *(f"{name}-step{step}" for step in run.intermediate_checkpoints)):
             if result in taken or result in recipe.teachers:
                 yield ("training", "runs", name), f"{result} is the name of another model already; choose another"
             taken.add(result)
@@ -151,10 +151,10 @@ def _check_training(recipe: Recipe) -> Iterator[Problem]:
         grid = isinstance(run.learning_rate, list)
         if grid and not (recipe.evaluation and recipe.evaluation.selection):
             yield (*at, "learning_rate"), "a grid needs `evaluation.selection` tasks to choose on, or write one number"
-        if grid and run.early:
+        if grid and run.intermediate_checkpoints:
             yield (
-                (*at, "early"),
-                "a grid keeps no early students: write one learning_rate",
+                (*at, "intermediate_checkpoints"),
+                "a grid keeps no intermediate checkpoints: write one learning_rate",
             )
         if recipe.student and recipe.student.quantize and run.lora is None:
             yield (

@@ -85,7 +85,11 @@ def _check_twice(evaluation: Evaluation) -> Iterator[Problem]:
 
 def _check_claims(recipe: Recipe, evaluation: Evaluation) -> Iterator[Problem]:
     runs = recipe.training.runs if recipe.training else {}
-    known = {*recipe.teachers, *runs, *(f"{name}-step{step}" for name, run in runs.items() for step in run.early)}
+    known = {
+        *recipe.teachers,
+        *runs,
+        *(f"{name}-step{step}" for name, run in runs.items() for step in run.intermediate_checkpoints),
+    }
     known |= {recipe.student.name} if recipe.student else set()
     known |= recipe.merging.names().keys() if recipe.merging else set()
     for index, claim in enumerate(evaluation.claims):

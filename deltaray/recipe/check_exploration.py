@@ -73,7 +73,7 @@ def _check_run(exploration: Exploration) -> Iterator[Problem]:
     run = exploration.run
     if run.pairing:
         yield ("run", "pairing"), "the space says which; leave it out"
-    for key in ("after", "early"):
+    for key in ("after", "intermediate_checkpoints"):
         if getattr(run, key):
             yield ("run", key), "is not for trials; leave it out"
     if isinstance(run.learning_rate, list):

@@ -29,7 +29,7 @@ def _items(recipe: Recipe) -> int:
     """How many of all kinds one seed has, at most."""
     runs = recipe.training.runs.values() if recipe.training else ()
     grids = sum(len(run.learning_rate) if isinstance(run.learning_rate, list) else 1 for run in runs)
-    early = sum(len(run.early) for run in runs)
+    early = sum(len(run.intermediate_checkpoints) for run in runs)
     merges = len(recipe.merging.methods) * len(recipe.merging.sizes()) if recipe.merging else 0
     return 2 * len(recipe.teachers) + len(recipe.pairings) + 2 * (grids + early + merges)
 

@@ -197,7 +197,7 @@ def _evaluated(recipe: Recipe, names: _Names, seed: int) -> list[EvaluatedModel]
     if recipe.student:
         models.append(EvaluatedModel(names.student(), recipe.student.name, seed, "untouched"))
     for name, run in (recipe.training.runs if recipe.training else {}).items():
-        for base in (*(f"{name}-step{step}" for step in run.early), name):
+        for base in (*(f"{name}-step{step}" for step in run.intermediate_checkpoints), name):
             models.append(EvaluatedModel(names.run(base), base, seed, "student"))
     for name in recipe.merging.names() if recipe.merging else []:
         models.append(EvaluatedModel(names.run(name), name, seed, "student"))

@@ -24,10 +24,10 @@ class TrainingRun:
     after: str | None = None  # the run whose result it starts from
 
     @property
-    def early(self) -> dict[int, str]:
+    def intermediate_checkpoints(self) -> dict[int, str]:
         """The names of the students that are kept on the way, by the step after which."""
         base = base_name(self.name)
-        return {step: f"{base}-step{step}{self.name[len(base) :]}" for step in self.settings.early}
+        return {step: f"{base}-step{step}{self.name[len(base) :]}" for step in self.settings.intermediate_checkpoints}
 
 
 @dataclass(frozen=True)

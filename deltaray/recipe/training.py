@@ -60,7 +60,7 @@ class Run(Section):
     """Pairs per optimizer step, over all workers."""
     epochs: int = Field(1, ge=1)
     max_steps: int | None = Field(None, ge=1)
-    early: list[int] = []
+    intermediate_checkpoints: list[int] = []
     """After each of these steps the student is also kept as one of its own, `<run>-step<k>`, and evaluated."""
     weight_decay: float = Field(0.0, ge=0)
     adam_betas: tuple[float, float] = (0.9, 0.95)
@@ -91,7 +91,7 @@ class Run(Section):
             raise ValueError("one positive number, or a list of different positive numbers (a grid)")
         return value
 
-    @field_validator("early")
+    @field_validator("intermediate_checkpoints")
     @classmethod
     def _different_steps(cls, value: list[int]) -> list[int]:
         if min(value, default=1) < 1 or len(set(value)) < len(value):
@@ -126,7 +126,7 @@ class Training(Section):
     zero_stage: Literal[0, 1, 2, 3] = 3
     """0 runs as 1: DeepSpeed's stage 0 tells no gradient norm and saves no memory over it."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    tokens_per_pass: int = Field(8192, ge=1)
+    micro_batch_tokens: int = Field(8192, ge=1)
     """Tokens per worker and forward pass, which decides what a GPU must hold; passes are accumulated up to a run's
     `batch_size`. A pair counts its prompt once; one that alone is longer goes alone."""
     gradient_checkpointing: bool = False

@@ -86,7 +86,7 @@ def _train(job: Job, run: TrainingRun) -> Exception | None:
 def _out_of_memory(name: str, training: Training, error: Exception) -> str:
     return (
         f"training {name}: a GPU is out of memory: {str(error).splitlines()[0]}\n"
-        f"in `training:`, lower tokens_per_pass (now {training.tokens_per_pass}), set gradient_checkpointing: true "
+        f"in `training:`, lower micro_batch_tokens (now {training.micro_batch_tokens}), set gradient_checkpointing: true "
         f"(now {str(training.gradient_checkpointing).lower()}), or move state to the machine's memory with "
         f"offload: optimizer or all (now {training.offload}), or to a disk with offload_folder; more workers under "
         f"zero_stage: 3 help, too"
@@ -133,8 +133,8 @@ class _Session:
         self.trainer = Trainer(job.training, student, run, self.data, self._pad_id(), self._start())
         check_vocabulary(self.data, self._vocabulary(), job.students[run.student].model)
         self.total = total_steps(len(self.data.train), run.settings)
-        if late := [step for step in run.early if step > self.total]:
-            raise StageError(f"{run.name}: early: {late[0]}: the run has only {self.total} steps")
+        if late := [step for step in run.intermediate_checkpoints if step > self.total]:
+            raise StageError(f"{run.name}: intermediate_checkpoints: {late[0]}: the run has only {self.total} steps")
         self.reporter = Reporter(job.store, job.progress, run.name, self.total, self.data.counts)
         self.checkpoints = Checkpoints(job.store, run.name)
         self.watcher = Watcher(job.training.watch, self.total)
@@ -166,7 +166,7 @@ class _Session:
             return None
         questions = heldout_questions(store, self.run.pairings, self.data.heldout, asked.prompts)
         score = SCORERS[self.job.scorer.kind](self.job.scorer) if self.job.scorer else None
-        return Answering(asked, questions, self.tokenizer, self.job.training.tokens_per_pass, score)
+        return Answering(asked, questions, self.tokenizer, self.job.training.micro_batch_tokens, score)
 
     def _keep(self, name: str) -> None:
         """Commits the student as it is now under a name, if it is not there already."""
@@ -221,7 +221,7 @@ class _Session:
             self.reporter(metrics, found)
             if stop := [item for item in found if item.name in self.job.training.watch.stop_on]:
                 return self._stop(stop[0])
-            if name := self.run.early.get(step + 1):
+            if name := self.run.intermediate_checkpoints.get(step + 1):
                 self._keep(name)
             best = evaluated and self._is_best(metrics)
             if best or self._is_due(step):

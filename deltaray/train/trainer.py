@@ -50,7 +50,7 @@ class Trainer:
         self.rank, self.workers = dist.get_rank(), dist.get_world_size()
         disk = training.offload_folder and Path(training.offload_folder) / f"{run.name}-rank{self.rank}"
         self.engine = start_engine(student, training, run.settings, start, disk or None)
-        packed, budget = is_packed(self.engine.module), training.tokens_per_pass
+        packed, budget = is_packed(self.engine.module), training.micro_batch_tokens
         self.cutter = Cutter(self.loss, self.rank, self.workers, budget, packed, pad_id)
         self.next_batch: tuple[int, Future[list[Pass]]] | None = None
         self.ahead = ThreadPoolExecutor(1)

@@ -165,11 +165,11 @@ def ours(case: Case, folder: Path) -> list[Event]:
 def bare(case: Case, folder: Path) -> list[Event]:
     """vLLM's AsyncLLM and a coroutine per request."""
     from deltaray.data.tokens import load_tokenizer
-    from deltaray.data.tokens.chat import prompts_ids
+    from deltaray.data.tokens.chat import render_prompts
     from deltaray.generate.requests import sampling_parameters
 
     teacher, rows = teacher_of(case, folder), prompt_rows(case)
-    token_ids, _ = prompts_ids(load_tokenizer(teacher, "model"), [row["messages"] for row in rows])
+    token_ids, _ = render_prompts(load_tokenizer(teacher, "model"), [row["messages"] for row in rows])
     sampling = json.dumps(teacher.sampling.model_dump(exclude={"samples"}))
     parameters = sampling_parameters(sampling, [row["prompt_id"] for row in rows], [0])
     return asyncio.run(_async_loop(case, teacher, token_ids, parameters))

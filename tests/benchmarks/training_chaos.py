@@ -94,7 +94,7 @@ class Lab:
                 "workers": 2,
                 "cpus_per_worker": SLOT,  # one worker a node
                 "dtype": "float32",
-                "tokens_per_pass": 300,
+                "micro_batch_tokens": 300,
                 "checkpoint_steps": 10,
                 "heldout": 0.05,
                 "max_failures": 100,

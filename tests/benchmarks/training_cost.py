@@ -31,7 +31,9 @@ BASE = Case(256, 4, 768, 8, 4, 8192, 256, 256, 0.0, 4096, TOKENS // 768, 8, (), 
 def of_length(tokens: int) -> Case:
     """Prompt and responses of a third each; as many tokens to a step as in the base."""
     part, pairs = tokens // 3, TOKENS // tokens
-    return replace(BASE, prompt=part, response=part, pairs=pairs, batch_size=max(1, pairs // 4), tokens_per_pass=2048)
+    return replace(
+        BASE, prompt=part, response=part, pairs=pairs, batch_size=max(1, pairs // 4), micro_batch_tokens=2048
+    )
 
 
 CASES: dict[str, tuple[Case, int]] = {

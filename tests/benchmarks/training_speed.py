@@ -51,7 +51,7 @@ class Case:
     pairs: int
     batch_size: int
     micro_batches: tuple[int, ...]  # TRL's
-    tokens_per_pass: int  # ours
+    micro_batch_tokens: int  # ours
     lora: bool = False
     gpu: bool = False
 
@@ -178,7 +178,7 @@ def train_ours(case: Case, folder: Path, rows: list[Any]) -> tuple[float, float]
     join_process_group()
     student, dtype = Student(model=str(folder / "model")), "bfloat16" if case.gpu else "float32"
     training = Training(
-        runs={}, dtype=dtype, tokens_per_pass=case.tokens_per_pass, zero_stage=3 if case.gpu else 1,
+        runs={}, dtype=dtype, micro_batch_tokens=case.micro_batch_tokens, zero_stage=3 if case.gpu else 1,
         gradient_checkpointing=case.gpu, offload="optimizer" if case.gpu and not case.lora else "none",
     )  # fmt: skip
     lora = Lora(rank=64, alpha=128) if case.lora else None

@@ -110,7 +110,7 @@ def _local(folder: Path) -> dict[str, Any]:
         "training": {
             "heldout": 0.1,
             "runs": {
-                "delta": {"pairing": "delta", "learning_rate": [1e-5, 2e-5], "early": []},
+                "delta": {"pairing": "delta", "learning_rate": [1e-5, 2e-5], "intermediate_checkpoints": []},
                 "more": {"pairing": ["delta", "pool"], "lora": {"rank": 4}},
             },
         },

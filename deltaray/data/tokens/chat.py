@@ -24,7 +24,7 @@ class NotShownError(RefusedError):
     """The template leaves out a system turn, or what tools were asked or said."""
 
 
-def prompt_ids(tokenizer: Any, messages: Sequence[Message], tools: Tools | None = None) -> list[int]:
+def render_prompt(tokenizer: Any, messages: Sequence[Message], tools: Tools | None = None) -> list[int]:
     """Ids of the prompt up to where the assistant starts to speak, special tokens as the template writes them.
 
     Some templates want the arguments of tool calls as an object, others as its JSON: where the template raises on the
@@ -72,7 +72,7 @@ def _with_other_form(call: dict[str, Any]) -> dict[str, Any]:
     return call
 
 
-def prompts_ids(
+def render_prompts(
     tokenizer: Any, prompts: Sequence[list[Message]], tools: Sequence[Tools | None] | None = None
 ) -> tuple[list[list[int]], list[str | None]]:
     """(ids, refusals) of many prompts: one that the template or the tokenizer refuses has no ids but its reason."""
@@ -93,7 +93,7 @@ def _is_special(tokenizer: Any, turns: list[Message]) -> bool:
 
 def _ids_or_refusal(tokenizer: Any, messages: list[Message], tools: Tools | None) -> tuple[list[int], str | None]:
     try:
-        return prompt_ids(tokenizer, messages, tools), None
+        return render_prompt(tokenizer, messages, tools), None
     except BaseException as error:
         return [], refusal_of(error)
 

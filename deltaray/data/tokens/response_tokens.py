@@ -2,7 +2,7 @@
 
 The rule, for every chat template:
 
-1. The prompt is rendered with its generation prompt (`chat.prompt_ids`).
+1. The prompt is rendered with its generation prompt (`chat.render_prompt`).
 2. What the template writes between the generation prompt and an answer (gpt-oss' channel, an empty thinking block)
    comes first; thoughts that are kept apart stand in the template's thinking block.
 3. The answer's text is tokenised by itself, so nothing merges across a border and nothing is stripped or dropped.

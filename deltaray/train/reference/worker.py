@@ -28,7 +28,7 @@ class ReferenceWorker:
 
     def __init__(self, store: Store, name: str, student: Student, training: Training) -> None:
         self.store, self.name, self.max_length = store, name, student.max_length
-        self.budget = training.tokens_per_pass
+        self.budget = training.micro_batch_tokens
         self.end_id = turn_end(load_tokenizer(student, "student"))
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.module = load_module(student, training.dtype).eval().to(self.device)
