@@ -213,7 +213,13 @@ def _shown(issue: Any) -> str:
     return short(repr(issue["input"]))
 
 
+RENAMED = {"tokens_per_pass": "micro_batch_tokens", "early": "intermediate_checkpoints"}
+"""Keys of version 0.1."""
+
+
 def _unknown_key(loc: Path_) -> str:
+    if new := RENAMED.get(str(loc[-1])):
+        return f"unknown key; it is called {new!r} now"
     model: Any = Recipe
     for part in loc[:-1]:
         model = _child(model, part)
