@@ -87,9 +87,9 @@ def _out_of_memory(name: str, training: Training, error: Exception) -> str:
     return (
         f"training {name}: a GPU is out of memory: {str(error).splitlines()[0]}\n"
         f"in `training:`, lower micro_batch_tokens (now {training.micro_batch_tokens}), set "
-        f"gradient_checkpointing: true (now {str(training.gradient_checkpointing).lower()}), or move state to the machine's memory with "
-        f"offload: optimizer or all (now {training.offload}), or to a disk with offload_folder; more workers under "
-        f"zero_stage: 3 help, too"
+        f"gradient_checkpointing: true (now {str(training.gradient_checkpointing).lower()}), or move state to the "
+        f"machine's memory with offload: optimizer or all (now {training.offload}), or to a disk with offload_folder; "
+        f"more workers under zero_stage: 3 help, too"
     )
 
 
