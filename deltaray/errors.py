@@ -23,7 +23,7 @@ class StageError(Exception):
 WIDTH = 500
 """Characters of a library's words that are shown."""
 PASSING = (KeyboardInterrupt, SystemExit, GeneratorExit)
-"""What ends a command and is no failure of anything."""
+"""What ends a command and is not a failure of anything."""
 
 
 @contextmanager

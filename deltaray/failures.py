@@ -110,7 +110,7 @@ def failure_of(what: str, error: BaseException, log: object = None) -> StageErro
 def reason_of(error: BaseException) -> str:
     """Why a row failed, in one line, for whatever its template, tokenizer, parser or model may raise.
 
-    Also for what is no `Exception`: a panic of Rust code (tokenizers) is none.
+    Also for what is not an `Exception`: a panic of Rust code (tokenizers) is none.
 
     Raises:
         The error itself where it concerns more than a row: interruptions, and failures in our own words.

@@ -28,11 +28,11 @@ def read_settings(path: Path, most: int = CONFIG_BYTES) -> dict[str, Any]:
     """A JSON object of settings.
 
     Raises:
-        UserError: as `read_small`, or it is no JSON object; led by its path.
+        UserError: as `read_small`, or it is not a JSON object; led by its path.
     """
     content = read_small(path, most)
     with door(str(path), "cannot be read as JSON; fetch or save it again"):
         value = json.loads(content)
     if not isinstance(value, dict):
-        raise UserError(f"{path}: is no JSON object; fetch or save it again")
+        raise UserError(f"{path}: is not a JSON object; fetch or save it again")
     return value

@@ -1,4 +1,4 @@
-"""The user's mistakes, through the command line: exit code 2, one message that names what and the mend, no file."""
+"""The user's mistakes, through the command line: exit code 2, one message that names what and the fix, no file."""
 
 import json
 import sys
@@ -147,7 +147,7 @@ def test_the_mistakes_of_all_models_come_at_once(
 
 @pytest.mark.parametrize("verb", ["run", "plan"])
 def test_an_endpoint_without_its_key(recipe: dict[str, Any], refused: Any, verb: str) -> None:
-    """A served model is no folder here; nothing but the server's address and key is looked at."""
+    """A served model is not a folder here; nothing but the server's address and key is looked at."""
     endpoint = {"url": "http://localhost:1/v1", "key_variable": "NO_SUCH_KEY_ANYWHERE"}
     recipe["teachers"]["weak"] = {"model": "nowhere/served-model", "endpoint": endpoint}
     message = refused(verb=verb)
@@ -184,7 +184,7 @@ def test_an_out_that_cannot_be(recipe: dict[str, Any], refused: Any, tmp_path: P
     recipe["out"] = str(tmp_path / "taken")
     assert "out: /taken is a file; name a folder" in refused()
     recipe["out"] = "nonsense://somewhere"
-    assert "out: nonsense://somewhere is no folder and no address of an object store" in refused()
+    assert "out: nonsense://somewhere is neither a folder nor the address of an object store" in refused()
 
 
 def test_prompts_that_changed_under_an_out(recipe: dict[str, Any], refused: Any, tmp_path: Path) -> None:
@@ -233,4 +233,4 @@ def test_folders_that_are_no_study(
         monkeypatch.setattr(sys, "argv", ["deltaray", verb, str(tmp_path)])
         with pytest.raises(SystemExit) as stop:
             cli.main()
-        assert stop.value.code == 2 and "is no output folder of deltaray" in capfd.readouterr().err
+        assert stop.value.code == 2 and "is not an output folder of deltaray" in capfd.readouterr().err

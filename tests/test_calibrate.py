@@ -197,7 +197,7 @@ def test_intervals_hold_the_truth_nineteen_times_of_twenty():
         hits["seconds"] += inside(found.pools[0].seconds, truth)
         misses.append(found.pools[0].seconds.value / truth - 1)
     assert min(hits["tokens"], hits["seconds"]) >= 52, hits
-    assert abs(np.mean(misses)) < 0.03  # no bias: a short run is no long one in small
+    assert abs(np.mean(misses)) < 0.03  # no bias: a short run is not a long one in small
 
 
 def test_prompts_are_drawn_evenly_and_repeatably():

@@ -213,11 +213,11 @@ def test_ray_fills_in_how_many_workers_a_cloud_cluster_may_have(tmp_path: Path) 
     [
         (None, "there is no such file"),
         ("a: [", "not YAML"),
-        ("name: x\n", "this is no cluster file; give"),
-        ("- 1\n", "this is no cluster file; give"),
+        ("name: x\n", "this is not a cluster file; give"),
+        ("- 1\n", "this is not a cluster file; give"),
         (
             "kind: Ingress\nmetadata: {name: way}\n---\nkind: Pod\n",
-            "this is no cluster file, it holds Ingress way, Pod;",
+            "this is not a cluster file, it holds Ingress way, Pod;",
         ),
         (wrapped("RayCluster") + "---\n" + wrapped("RayJob"), "it holds 2 clusters (RayCluster here, RayJob here)"),
         ("kind: RayJob\nspec: {clusterSelector: {a: b}}\n", "(spec.clusterSelector): give that RayCluster's file"),

@@ -372,7 +372,7 @@ def test_a_changed_byte_of_a_table_is_never_another_answer(tmp_path: Path) -> No
 @pytest.mark.parametrize("make", [os.mkfifo, lambda path: Path(path).symlink_to("/dev/zero"), os.mkdir])
 def test_what_is_no_file_is_not_read(tmp_path: Path, make) -> None:
     make(tmp_path / "pairs.json")
-    with pytest.raises(UserError, match=r"pairs\.json: is no file"):
+    with pytest.raises(UserError, match=r"pairs\.json: is not a file"):
         Store(str(tmp_path)).read_json("pairs.json")
 
 

@@ -388,7 +388,7 @@ def test_the_spec_holds_the_name_of_the_key_only() -> None:
         ({"body": {"n": 2}}, KEY, "teachers.t.endpoint.body: n is set by deltaray"),
         ({}, None, "the environment variable TEACHER_KEY is not set"),
         ({}, " ", "the environment variable TEACHER_KEY is not set"),
-        ({}, "two words", "TEACHER_KEY holds is no key"),
+        ({}, "two words", "TEACHER_KEY holds is not a key"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_asked(

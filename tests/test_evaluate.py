@@ -265,7 +265,7 @@ def test_many_models_are_compared_with_the_untouched_student_alone(scored: tuple
     [
         ("numeric", '{"prompt": "2+2="}', "it has no `answer`; numeric compares with one"),
         ("numeric", '{"prompt": "2+2=", "answer": "four"}', "the answer holds no number; numeric"),
-        ("multiple_choice", '{"prompt": "2+2=", "answer": "four"}', "the answer is no letter A to J"),
+        ("multiple_choice", '{"prompt": "2+2=", "answer": "four"}', "the answer is not a letter A to J"),
         ("refusal", '{"prompt": "2+2=", "answer": "no"}', "the answer is neither `refuse` nor `comply`"),
     ],
 )
@@ -352,7 +352,7 @@ def test_labels_become_answers(tmp_path: Path) -> None:
     sources = task_sources(expand(Recipe.model_validate({**recipe, "evaluation": {"tasks": tasks}})))
     assert [row["answer"] for row in sources["mapped"].rows()] == ["comply", "refuse"]
     assert [row["answer"] for row in sources["constant"].rows()] == ["refuse", "refuse"]
-    with pytest.raises(UserError, match=r"rows.jsonl:2: the answer 'unsafe' is none of safe \(answers\)"):
+    with pytest.raises(UserError, match=r"rows.jsonl:2: the answer 'unsafe' must be one of safe \(answers\)"):
         list(sources["wrong"].rows())
 
 

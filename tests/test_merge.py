@@ -230,7 +230,7 @@ def test_no_rotation_is_nearer_than_procrustes():
         die = torch.Generator().manual_seed(seed)
         turn = torch.linalg.qr(torch.randn(6, 6, generator=die).double())[0]
         assert float((basis @ turn - frame).norm()) >= best - 1e-12
-        small = basis[:, :4]  # completed by any two more directions it is no nearer either
+        small = basis[:, :4]  # completed by any two more directions it is not nearer either
         whole = torch.linalg.qr(torch.cat([small, torch.randn(48, 2, generator=die).double()], 1))[0]
         assert float((whole @ turn - frame).norm()) >= float((procrustes(small, frame)[0] - frame).norm()) - 1e-12
 

@@ -216,16 +216,19 @@ BAD_FOLDERS = {
     "no alpha": (lambda f: configure(f, lora_alpha=None), "must be finite numbers"),
     "alpha not a number": (lambda f: configure(f, alpha_pattern={"q_proj": float("nan")}), "must be finite numbers"),
     "pattern of another kind": (lambda f: configure(f, rank_pattern=["q_proj"]), "gives numbers by the modules' names"),
-    "pattern that is none": (lambda f: configure(f, alpha_pattern={"(": 8}), "is no regular expression"),
+    "pattern that is none": (lambda f: configure(f, alpha_pattern={"(": 8}), "is not a regular expression"),
     "another base": (lambda f: configure(f, base_model_name_or_path="huge"), "base_model_name_or_path: huge, but"),
     "another revision": (lambda f: configure(f, revision="v2"), "revision: v2, but"),
     "another layout": (lambda f: configure(f, fan_in_fan_out=True), "fan_in_fan_out: True, but"),
     "another task": (lambda f: configure(f, task_type="SEQ_CLS"), "task_type: SEQ_CLS, but"),
     "half a pair": (lambda f: spoil(f, lambda t: t.pop(B)), "lora_B.weight is missing"),
     "no tensors": (lambda f: spoil(f, lambda t: t.clear()), "holds no LoRA tensor"),
-    "a magnitude": (lambda f: spoil(f, lambda t: t.update({B.replace("_B", "_magnitude_vector"): t[B]})), "is no LoRA"),
+    "a magnitude": (
+        lambda f: spoil(f, lambda t: t.update({B.replace("_B", "_magnitude_vector"): t[B]})),
+        "is not a LoRA",
+    ),
     "empty": (lambda f: spoil(f, lambda t: t.update({A: t[A][:, :0]})), "as ZeRO-3 leaves it"),
-    "three dimensions": (lambda f: spoil(f, lambda t: t.update({A: t[A][None]})), "are no matrices"),
+    "three dimensions": (lambda f: spoil(f, lambda t: t.update({A: t[A][None]})), "are not matrices"),
     "rank unlike config": (lambda f: configure(f, r=5), "must be the same"),
     "another shape": (lambda f: spoil(f, lambda t: t.update({A: t[A][:, :9]})), "updates a matrix of 64 x 9"),
     "not a number": (lambda f: spoil(f, lambda t: t[B].fill_(float("nan"))), "256 of 256 numbers are NaN"),
@@ -266,7 +269,7 @@ def test_embeddings_that_adapters_carry_along_must_agree(tmp_path):
 
 
 BAD_REQUESTS = {
-    "unknown method": ({"method": "average"}, "--method average: is no merge method"),
+    "unknown method": ({"method": "average"}, "--method average: is not a merge method"),
     "reference elsewhere": ({"reference": "c"}, "--reference c: is none of the adapters"),
     "reference without use": ({"method": "mean", "reference": "a"}, "--reference: mean does not take it"),
     "density without use": ({"density": 0.5}, "--density: gam does not take it; methods that do: ties"),
@@ -279,7 +282,7 @@ BAD_REQUESTS = {
     "rank zero": ({"rank": 0}, "--rank 0"),
     "density zero": ({"method": "ties", "density": 0.0}, "--density 0.0"),
     "no scale": ({"scale": float("inf")}, "--scale inf"),
-    "unknown dtype": ({"dtype": "INT8"}, "--dtype INT8: is none of"),
+    "unknown dtype": ({"dtype": "INT8"}, "--dtype INT8: must be one of"),
 }
 
 

@@ -47,7 +47,7 @@ def test_the_command_shows_a_table_or_json(tmp_path, pair, monkeypatch, capfd):
         (("nowhere", "--out", "out"), "nowhere: holds no adapter_config.json"),
         (("a", "--out", "out", "--weights", "one"), "--weights one: are numbers"),
         (("a", "--out", "out", "--weights", "inf"), "must be finite"),
-        (("a", "--out", "out", "--method", "knots", "--inner", "median"), "--inner median: is none of"),
+        (("a", "--out", "out", "--method", "knots", "--inner", "median"), "--inner median: must be one of"),
         (("study.yaml", "--out", "out"), "--out: how and where to merge says the recipe's `merging:`"),
         (("study.yaml", "--restore-norm"), "--restore-norm: how and where"),
         (("study.yaml", "--json"), "--json: how and where"),

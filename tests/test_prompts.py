@@ -1,4 +1,4 @@
-"""Prompts: every accepted form gives the same rows; mistakes name file, row and mend; bad text is kept and marked."""
+"""Prompts: every accepted form gives the same rows; mistakes name file, row and fix; bad text is kept and marked."""
 
 import json
 from collections.abc import Callable
@@ -182,7 +182,7 @@ def test_broken_parquet_and_csv_files(tmp_path: Path) -> None:
         read(tmp_path / "p.csv")
 
 
-# --- text that is odd, and text that is no Unicode ----------------------------------------------------------------
+# --- text that is odd, and text that is not Unicode ----------------------------------------------------------------
 def test_odd_text_is_kept_as_it_is(tmp_path: Path) -> None:
     lines = [b'{"prompt": "nul \\u0000 bell \x07 raw\ttab"}', '{"prompt": "é\u2028\u0085\u007f 🙂"}'.encode()]
     (tmp_path / "p.jsonl").write_bytes(b"\xef\xbb\xbf" + b"\r\n".join(lines) + b"\r\n")

@@ -1,4 +1,4 @@
-"""The recipe: every refusal names file, line, key and the mend; overrides; seeds and grids written out."""
+"""The recipe: every refusal names file, line, key and the fix; overrides; seeds and grids written out."""
 
 from pathlib import Path
 

@@ -87,9 +87,9 @@ def test_a_key_of_few_letters_is_taken_out_of_errors_only(
 def test_what_is_no_key_is_not_quoted(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TEACHER_KEY", key)
     endpoint = Endpoint(url="https://host/v1", key_variable="TEACHER_KEY")
-    with pytest.raises(UserError, match="TEACHER_KEY holds is no key") as caught:
+    with pytest.raises(UserError, match="TEACHER_KEY holds is not a key") as caught:
         check_endpoint(endpoint, "teachers.t.endpoint")
-    with pytest.raises(StageError, match="TEACHER_KEY holds is no key") as there:
+    with pytest.raises(StageError, match="TEACHER_KEY holds is not a key") as there:
         EndpointSpec.of("m", endpoint).start()
     assert key not in str(caught.value) + str(there.value)
 
@@ -129,7 +129,7 @@ CHOICE: dict[str, Any] = {"finish_reason": "stop", "message": {"content": "four"
     "count", [-1, "7", "many", True, 7.5, float("inf"), 2**31, 10**400, [7], {"n": 7}], ids=lambda count: str(count)[:9]
 )
 def test_what_is_no_count_of_tokens_fails_the_row(count: Any) -> None:
-    with pytest.raises(ValueError, match="no number of tokens"):
+    with pytest.raises(ValueError, match="not a number of tokens"):
         output_of({"choices": [CHOICE], "usage": {"completion_tokens": count}}, False)
 
 
@@ -150,7 +150,7 @@ def test_odd_shapes_fail_their_rows_with_a_reason() -> None:
         (ok(None), "no chat completion"),
         ((200, {}, b'{"choices": ' + b"[" * 90_000 + b"]" * 90_000 + b"}"), "nested deeper than 100 levels"),
         ((200, {}, b'{"choices": ' + b"[" * 300 + b"]" * 300 + b"}"), "nested deeper than 100 levels"),
-        ((200, {}, b'{"choices": [NaN]}'), "NaN is no number of JSON"),
+        ((200, {}, b'{"choices": [NaN]}'), "NaN is not a number of JSON"),
         ((200, {}, b'{"choices": [1e999]}'), "no chat completion"),
         ((200, {}, b'{"usage": ' + b"9" * 9000 + b"}"), "no JSON"),
         ((200, {}, b"\xff\xfe{"), "no JSON"),

@@ -204,7 +204,7 @@ def test_a_server_that_does_not_answer_or_refuses(server: Server, bucket: str) -
 
 
 def test_a_slow_server_is_waited_for(server: Server, bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """For longer than the 3 s after which the AWS SDK asks anew by itself, again and again."""
+    """For longer than the 3 s after which the AWS SDK asks again by itself, again and again."""
     store = Store(server.out(bucket))
     store.write_bytes("x", b"1")
     monkeypatch.setattr(server.gate, "delay", 4.0)

@@ -247,7 +247,7 @@ def test_many_programs_at_once_are_all_run() -> None:
 
 def test_the_last_block_that_compiles_is_the_program() -> None:
     function = sandbox.python_tests_scorer(PythonTests(kind="python_tests", memory_mib=256))
-    blocks = ["x = 1", "x = 2", "x = (", "-" * 100000 + "1", "this is no python"]
+    blocks = ["x = 1", "x = 2", "x = (", "-" * 100000 + "1", "this is not python"]
     text = "\n".join(f"```python\n{block}\n```" for block in blocks)
     assert function(Response("t", text, "assert x == 2")).value == 1
     assert function(Response("t", "(" * 100000, "assert True")).note == "program failed: SyntaxError"

@@ -40,7 +40,7 @@ def test_a_unit_that_stands_still_is_done_again_and_each_result_is_given_once(
     assert all(row == {"number": row["number"], "double": 2 * row["number"], "nothing": None} for row in done)
     (tmp_path / "over").touch()
     assert len((tmp_path / "4.begun").read_text()) > 1
-    assert caplog.text.count("asked for anew: none has ended for 5 s") == 1
+    assert caplog.text.count("asked for again: none has ended for 5 s") == 1
 
 
 def load(folder: Path, unit: dict[str, Any]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ def rows(folder: Path) -> list[dict[str, Any]]:
 
 
 def right_answer(prompt: str) -> str:
-    """Worked out anew, not read from the files."""
+    """Worked out again, not read from the files."""
     first, second = re.fullmatch(r"(\d+)\+(\d+)=", prompt).groups()  # type: ignore[union-attr]
     return str(int(first) + int(second))
 

@@ -69,7 +69,7 @@ def write(recipe: dict[str, Any]) -> str:
 
 @pytest.fixture
 def token(server: JobServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """This process speaks to that cluster; Ray reads its variables anew before and after."""
+    """This process speaks to that cluster; Ray reads its variables again before and after."""
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(server.token))
     with monkeypatch.context() as inside:
         inside.setenv("RAY_AUTH_MODE", "token")
@@ -358,7 +358,7 @@ def test_keys_and_what_is_no_file_stay_here(
         pack(path, load_recipe(Path(write(recipe))), parcel)
     recipe["prompts"]["path"] = "data/prompts.jsonl"
     os.mkfifo(model / "queue")
-    with pytest.raises(UserError, match=r"own/queue is no file \(a socket, a pipe or a device\)"):
+    with pytest.raises(UserError, match=r"own/queue is not a file \(a socket, a pipe or a device\)"):
         pack(path, load_recipe(Path(write(recipe))), parcel)
 
 

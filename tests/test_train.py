@@ -378,7 +378,7 @@ def test_a_student_whose_pairs_changed_is_told_of(trained):
     record.write_text('{"inputs": "others"}')
     found = outdated(store, study.runs["delta"])
     shutil.rmtree(record.parent)
-    assert found == "delta was trained before the pairs of delta changed; remove students/delta to train it anew"
+    assert found == "delta was trained before the pairs of delta changed; remove students/delta to train it again"
 
 
 def test_groups_share_the_runs_and_keep_chains_together(trained):

@@ -281,7 +281,7 @@ BAD_ADAPTERS = {
     "modules to save": (lambda f: configure(f, CONFIG, modules_to_save=["lm_head"]), "modules_to_save"),
     "whole layer": (
         lambda f: change(f, put("base_model.model.lm_head.weight", 64, 64), WEIGHTS),
-        "base_model.model.lm_head.weight is no LoRA factor",
+        "base_model.model.lm_head.weight is not a LoRA factor",
     ),
     "resized": (
         lambda f: change(f, put("base_model.model.model.embed_tokens.weight", 70, 64), WEIGHTS),

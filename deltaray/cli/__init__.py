@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         code = 2
     except (SystemExit, GeneratorExit):
         raise
-    except BaseException as error:  # a mistake of ours; also a panic of Rust code, which is no `Exception`
+    except BaseException as error:  # a mistake of ours; also a panic of Rust code, which is not an `Exception`
         terminal.say(_unforeseen(error, terminal.log))
         code = StageError.exit_code
     if code == INTERRUPTED:
@@ -67,7 +67,7 @@ def _unforeseen(error: BaseException, log: Path | None) -> str:
     except OSError:
         where = "its traceback could not be written anywhere"
     what = f"{type(error).__name__}: {first_line(error).removeprefix(f'{type(error).__name__}: ')}"
-    return f"error: {what}\nnobody foresaw this; {where}: please report it (what is committed is safe)"
+    return f"error: {what}\nthis is a bug in deltaray; {where}: please report it (what is committed is safe)"
 
 
 def _exit(terminal: Terminal, code: int) -> NoReturn:

@@ -31,7 +31,7 @@ AskUnit = dict[str, Any]
 """One (model, task): model (its name), teacher (a `Teacher` as JSON), task (its name here), spec (a resolved
 `HarnessTask`), harness (the section), identity, folder, unit_size."""
 BOOTSTRAPS = 1000
-"""For the harness's own errors of metrics that are no means."""
+"""For the harness's own errors of metrics that are not means."""
 
 
 @cache
@@ -69,7 +69,7 @@ def score(store: Store, unit: AskUnit) -> dict[str, Any]:
     """Scores the replies as the harness does and commits the sample log and, last, the results.
 
     Raises:
-        StageError: the engine has not answered all requests; they are asked anew by the next command.
+        StageError: the engine has not answered all requests; they are asked again by the next command.
     """
     spec, harness, teacher = _sections(unit)
     replies = _replies(store, unit)

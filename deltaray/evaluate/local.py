@@ -97,7 +97,7 @@ def task_result(store: Store, model: str, name: str, task: Task) -> dict[str, An
     scores, answers = _scores(store, model, name, task), _answers(store, model, name)
     if not scores:
         raise StageError(
-            f"{model} on {name}: none of its {answers['total']:,} answers has a score ({answers['notes']}); mend the "
+            f"{model} on {name}: none of its {answers['total']:,} answers has a score ({answers['notes']}); fix the "
             "scorer, or leave the task out"
         )
     value, stderr = mean_and_stderr(np.array(list(_values(scores, task.k[0] if task.k else None).values())))

@@ -60,7 +60,7 @@ def answer(
         make_table: the rows of an answered unit, in `schema`.
         say: told how the work is spread over the cluster.
         around: puts something of the caller's around the engines, such as what asks them turn after turn.
-        load: fetches what a unit asks, where that is no prompt in chat turns.
+        load: fetches what a unit asks, where that is not a prompt in chat turns.
     Raises:
         StageError: too many rows of one model failed; what is committed stays.
     """

@@ -35,7 +35,7 @@ class Trouble:
 
 
 def trouble_in(reply: Reply, answered: bool) -> Trouble | None:
-    """What follows from a reply that is no answer, or from an error inside one, where it has a status of its own. Pure.
+    """What follows from a reply that is not an answer, or from an error inside one with a status of its own. Pure.
 
     A 403 or a redirect is everybody's until the server has `answered` somebody: some say 403 of a prompt that they
     will not see.
@@ -171,14 +171,14 @@ def _only_choice(reply: Any) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
 
 
 def _tokens(reply: Mapping[str, Any]) -> int:
-    """How many tokens the server has counted; 0 if it has not; ValueError for what is no count."""
+    """How many tokens the server has counted; 0 if it has not; ValueError for what is not a count."""
     usage = reply.get("usage")
     found = usage.get("completion_tokens") if isinstance(usage, Mapping) else usage
     if found is None:
         return 0
     whole = isinstance(found, int | float) and not isinstance(found, bool) and 0 <= found <= MOST_TOKENS
     if not whole or found != int(found):
-        raise ValueError(f"usage.completion_tokens is no number of tokens: {json.dumps(found)}")
+        raise ValueError(f"usage.completion_tokens is not a number of tokens: {json.dumps(found)}")
     return int(found)
 
 

@@ -93,18 +93,18 @@ class EndpointSpec:
 
 
 def _no_key(variable: str, key: str) -> str | None:
-    """Why what a variable holds is no key; what it holds is not quoted."""
+    """Why what a variable holds is not a key; what it holds is not quoted."""
     if not key:
         return f"the environment variable {variable} is not set"
     if not key.isascii() or not key.isprintable() or " " in key:
-        return f"what {variable} holds is no key: it has spaces, line breaks or letters beyond ASCII"
+        return f"what {variable} holds is not a key: it has spaces, line breaks or letters beyond ASCII"
     return None
 
 
 def check_endpoint(endpoint: models.Endpoint, key: str) -> None:
     """Raises UserError unless the section `key` of a recipe can work from here; asks no server."""
     if not is_address(endpoint.url):
-        raise UserError(f"{key}.url: {endpoint.url!r} is no address such as https://host/v1")
+        raise UserError(f"{key}.url: {endpoint.url!r} is not an address such as https://host/v1")
     if ours := [name for name in OURS if name in endpoint.body]:
         raise UserError(f"{key}.body: {ours[0]} is set by deltaray; remove it")
     variable = endpoint.key_variable

@@ -154,7 +154,7 @@ def _replace(store: Store, path: str, staged: list[str], schema: pa.Schema) -> i
 
 
 def _forget_derived(store: Store, path: str) -> None:
-    """Drops what was worked out from a file of responses that is about to change; it is worked out anew."""
+    """Drops what was worked out from a file of responses that is about to change; it is worked out again."""
     kind, _, rest = path.partition("/")
     if kind != "responses":
         return

@@ -189,7 +189,7 @@ def render(
 def each_ids(
     tokenizer: Any, messages: Sequence[list[Message]], tools: Sequence[Tools | None] | None = None
 ) -> tuple[list[list[int]], list[str | None]]:
-    """As `render_prompts`, also where what one prompt raises is no `Exception`, as a panic of Rust code is none."""
+    """As `render_prompts`, also where what one prompt raises is not an `Exception`, as a panic of Rust code is none."""
     try:
         return render_prompts(tokenizer, messages, tools)
     except BaseException as error:

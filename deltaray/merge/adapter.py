@@ -23,9 +23,9 @@ from deltaray.model_files.lora import BASE_COPY, CONFIG, LORA, PATTERNS, PREFIX,
 
 REFUSED: Mapping[str, str] = {
     "use_dora": "DoRA scales whole columns of the base; train with use_dora=False",
-    "lora_bias": "biases are no part of a product B A; train with lora_bias=False",
-    "modules_to_save": "fully trained modules are no LoRA; give them LoRA through target_modules instead",
-    "trainable_token_indices": "trained token embeddings are no LoRA; train without them",
+    "lora_bias": "biases are not part of a product B A; train with lora_bias=False",
+    "modules_to_save": "fully trained modules are not LoRA; give them LoRA through target_modules instead",
+    "trainable_token_indices": "trained token embeddings are not LoRA; train without them",
     "target_parameters": "LoRA on parameters (fused experts) is not one product per matrix; train with the attention's "
     "layers as targets (target_modules: [q_proj, k_proj, v_proj, o_proj])",
     "layer_replication": "replicated layers share weights of the base; train without layer_replication",
@@ -38,7 +38,7 @@ REFUSED: Mapping[str, str] = {
     "ensure_weight_tying": "tied adapters share their factors; train with ensure_weight_tying=False",
     "megatron_config": "Megatron's layers split their weights; convert the adapter to ordinary PEFT",
 }
-"""Keys of adapter_config.json which, when set, make an adapter more than products B A; and the mend."""
+"""Keys of adapter_config.json which, when set, make an adapter more than products B A; and the fix."""
 PLAIN_STARTS = ("gaussian", "eva", "orthogonal", "mica", "true", "false")
 """Values of init_lora_weights that leave the base as it is; PiSSA, OLoRA, CorDA, LoRA-GA and LoftQ change it."""
 
@@ -65,7 +65,7 @@ class Adapter:
     """One adapter's folder; tensors are read when they are asked for.
 
     Raises:
-        UserError: it is no LoRA adapter in safetensors, or one that is more than products B A.
+        UserError: it is not a LoRA adapter in safetensors, or one that is more than products B A.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -118,7 +118,9 @@ class Adapter:
         down, up = (self._file.get_slice(key).get_shape() for key in (keys.down, keys.up))
         where = f"{self.folder / WEIGHTS}: {keys.down}"
         if len(down) != 2 or len(up) != 2:
-            raise UserError(f"{where}: shapes {down} and {up} are no matrices; only linear layers and embeddings merge")
+            raise UserError(
+                f"{where}: shapes {down} and {up} are not matrices; only linear layers and embeddings merge"
+            )
         rank = self._ranks.get(keys.module, self.config["r"])
         if (down[0], up[1]) != (rank, rank):
             raise UserError(f"{where}: rank {down[0]} here, {up[1]} in B and {rank} in {CONFIG} must be the same")
@@ -158,11 +160,11 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _refuse_more_than_lora(path: Path, config: Mapping[str, Any]) -> None:
-    for key, mend in REFUSED.items():
+    for key, fix in REFUSED.items():
         if config.get(key):
-            raise UserError(f"{path}: {key}: cannot be merged: {mend}")
+            raise UserError(f"{path}: {key}: cannot be merged: {fix}")
     if config.get("bias", "none") != "none":
-        raise UserError(f"{path}: bias: cannot be merged: trained biases are no LoRA; train with bias='none'")
+        raise UserError(f"{path}: bias: cannot be merged: trained biases are not LoRA; train with bias='none'")
     start = config.get("init_lora_weights", True)
     if isinstance(start, str) and start.lower() not in PLAIN_STARTS:
         raise UserError(
@@ -190,7 +192,7 @@ def _refuse_pattern(where: str, pattern: Any) -> None:
         try:
             re.compile(key)
         except re.error as error:
-            raise UserError(f"{where}: {key}: is no regular expression: {error}") from None
+            raise UserError(f"{where}: {key}: is not a regular expression: {error}") from None
 
 
 def _open_weights(folder: Path) -> Any:
@@ -220,7 +222,9 @@ def _modules(path: Path, keys: list[str]) -> tuple[dict[str, Keys], list[str]]:
         elif BASE_COPY.fullmatch(key):
             copies.append(key)
         else:
-            raise UserError(f"{path}: {key}: is no LoRA of a PEFT model; save the adapter with PEFT, with LoRA alone")
+            raise UserError(
+                f"{path}: {key}: is not a LoRA of a PEFT model; save the adapter with PEFT, with LoRA alone"
+            )
     for name, there in sides.items():
         if there != {"A", "B"}:
             lacking = name.down if "A" not in there else name.up

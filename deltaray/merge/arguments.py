@@ -46,7 +46,7 @@ def refuse_merge(merge: Merge) -> None:
     """UserError for what no merge, or not this method, can do."""
     method, options, adapters = merge.method, merge.options, len(merge.adapters)
     if method not in METHOD_OPTIONS:
-        raise UserError(f"--method {method}: is no merge method; give one of {', '.join(METHOD_OPTIONS)}")
+        raise UserError(f"--method {method}: is not a merge method; give one of {', '.join(METHOD_OPTIONS)}")
     if not adapters:
         raise UserError("merge: no adapters; give the folders of two or more")
     asked = {*options.given(), *(["reference"] if merge.reference is not None else [])}
@@ -54,7 +54,7 @@ def refuse_merge(merge: Merge) -> None:
         users = ", ".join(key for key, allowed in METHOD_OPTIONS.items() if name in allowed)
         raise UserError(f"--{name.replace('_', '-')}: {method} does not take it; methods that do: {users}")
     if merge.dtype is not None and merge.dtype not in DTYPES:
-        raise UserError(f"--dtype {merge.dtype}: is none of {', '.join(DTYPES)}")
+        raise UserError(f"--dtype {merge.dtype}: must be one of {', '.join(DTYPES)}")
     _refuse_values(options, adapters)
 
 

@@ -54,7 +54,7 @@ def _folder(name: str, revision: str | None) -> Path:
         return fetch(name, revision, weights=True)
     except Exception as error:  # the hub's own errors, those of the network below it, and bad names
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"the base {name} is no folder, and no hub has it: {reason}; give --base FOLDER") from None
+        raise UserError(f"the base {name} is not a folder, and no hub has it: {reason}; give --base FOLDER") from None
 
 
 def refuse_unfit(base: Base, adapter: Adapter) -> dict[str, str]:

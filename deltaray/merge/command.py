@@ -51,13 +51,13 @@ def parse_options(
     """The options of a command line.
 
     Raises:
-        UserError: weights are no numbers, or there is no such inner rule.
+        UserError: weights are not numbers, or there is no such inner rule.
     """
     rule: Inner | None = None
     if inner is not None:
         rule = next((name for name in get_args(Inner) if name == inner), None)
         if rule is None:
-            raise UserError(f"--inner {inner}: is none of {', '.join(get_args(Inner))}")
+            raise UserError(f"--inner {inner}: must be one of {', '.join(get_args(Inner))}")
     numbers = None if weights is None else _numbers(weights)
     return Options(numbers, rank, scale, density, seed, rule, restore_norm, skip_missing)
 

@@ -83,7 +83,7 @@ def _stranger(key: str, tensor: Held, rows: int | None) -> str:
     whole = key.endswith(("embed_tokens.weight", "lm_head.weight", "base_layer.weight"))
     if whole and rows is not None and tensor.shape[0] != rows:
         return f"{key} has {tensor.shape[0]:,} rows and the model's embedding {rows:,}: its vocabulary was resized"
-    return f"{key} is no LoRA factor, and vLLM serves nothing else"
+    return f"{key} is not a LoRA factor, and vLLM serves nothing else"
 
 
 def _refuse_strangers(modules: Mapping[str, Any], where: str, skeleton: Any, held: Mapping[str, Held]) -> None:
@@ -149,4 +149,4 @@ def fill_adapter(adapted: Any, folder: str) -> None:
     elif missing := sorted(key for key in loaded.missing_keys if ".lora_" in key):  # the frozen base's do not count
         wrong = f"holds no {missing[0]}{and_others(missing)}"
     if wrong:
-        raise StageError(f"{folder}: {wrong}; it is no adapter with these settings of this student")
+        raise StageError(f"{folder}: {wrong}; it is not an adapter with these settings of this student")

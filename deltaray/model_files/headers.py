@@ -31,7 +31,7 @@ def tensors_of_file(path: Path) -> dict[str, Held]:
     """The tensors of one file by name.
 
     Raises:
-        UserError: the file is no safetensors file, was not fetched whole, or holds a tensor without elements.
+        UserError: the file is not a safetensors file, was not fetched whole, or holds a tensor without elements.
     """
     header, end = _header(path)
     size = path.stat().st_size

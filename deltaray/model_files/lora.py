@@ -45,7 +45,7 @@ def lora_rank(folder: str) -> int:
     """The largest rank in a PEFT LoRA adapter's folder.
 
     Raises:
-        UserError: the folder is no LoRA adapter, or one that vLLM cannot serve on top of its base.
+        UserError: the folder is not a LoRA adapter, or one that vLLM cannot serve on top of its base.
     """
     try:
         config = json.loads(Path(folder, CONFIG).read_text())

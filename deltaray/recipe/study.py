@@ -72,7 +72,7 @@ class Study:
         return runs[0] if runs else guess if guess in self.students else next(iter(self.students))
 
     def grid(self, name: str) -> list[str]:
-        """The candidates among which `name` is chosen; empty if it is no grid."""
+        """The candidates among which `name` is chosen; empty if it is not a grid."""
         return [run.name for run in self.runs.values() if run.candidate_of == name]
 
     def deltas(self) -> list[str]:

@@ -18,7 +18,7 @@ class Suite:
     harness: dict[str, HarnessTask] = field(default_factory=dict)
     local: dict[str, Task] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
-    """Benchmarks that the papers report and no task here can, each with the reason and the mend."""
+    """Benchmarks that the papers report and no task here can, each with the reason and the fix."""
 
 
 _UNSAFE = "runs programs that the models write, with your rights: consent with `harness.unsafe_code: true`"
@@ -83,7 +83,7 @@ SUITES: dict[str, Suite] = {
         },
         missing={
             "alpaca_eval": (
-                "AlpacaEval 2's length-controlled win rate needs its own judge, which is no task of the harness; a "
+                "AlpacaEval 2's length-controlled win rate needs its own judge, which is not a task of the harness; a "
                 "task of your own with its 805 instructions and `{kind: judge, against: student}` gives a plain "
                 "one"
             ),
@@ -117,8 +117,8 @@ SUITES: dict[str, Suite] = {
                 "allenai/wildjailbreak (eval) is read with options of its own: write it into a file, "
                 "adversarial_harmful as `answer: refuse`, adversarial_benign as `comply`, and a task with it"
             ),
-            "do_anything_now": "its prompts are no data set of the hub: write a file, and a task with `answer: refuse`",
-            "jailbreak_trigger": "TrustLLM's file is no data set of the hub: write a task with it and `answer: refuse`",
+            "do_anything_now": "its prompts are not on the hub: write a file, and a task with `answer: refuse`",
+            "jailbreak_trigger": "TrustLLM's file is not on the hub: write a task with it and `answer: refuse`",
         },
     ),
     "knowledge-reasoning": Suite(

@@ -57,7 +57,7 @@ def read_yaml(text: str) -> Document:
     """One document.
 
     Raises:
-        YamlError: it is no YAML, holds what no recipe can, or is too large.
+        YamlError: it is not YAML, holds what no recipe can, or is too large.
     """
     if len(text) > RECIPE_BYTES or len(text.encode(errors="surrogatepass")) > RECIPE_BYTES:
         raise YamlError(1, f"is larger than {RECIPE_BYTES:,} bytes; leave out what no recipe needs")

@@ -56,6 +56,6 @@ def lines_of(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def whole(value: object) -> int | None:
-    """A count, or None for anything that is no finite number."""
+    """A count, or None for anything that is not a finite number."""
     found = number(value)
     return None if found is None else int(found)

@@ -166,27 +166,27 @@ def refuse_impossible(study: Study, capacity: Capacity) -> None:
     Raises:
         UserError: names the key, what it demands and what the cluster has.
     """
-    mend = "ask for less, or give the cluster more (cluster.{kind}, cluster.address)"
-    lines = [lacking(demand, whole(capacity), "the cluster", mend) for demand in demands(study, capacity)]
+    fix = "ask for less, or give the cluster more (cluster.{kind}, cluster.address)"
+    lines = [lacking(demand, whole(capacity), "the cluster", fix) for demand in demands(study, capacity)]
     if any(lines):
         raise UserError("\n".join(dict.fromkeys(line for line in lines if line)))
 
 
-def lacking(demand: Demand, groups: list[NodeGroup], cluster: str, mend: str) -> str | None:
+def lacking(demand: Demand, groups: list[NodeGroup], cluster: str, fix: str) -> str | None:
     """Why a demand finds no room even alone on the fully grown cluster; None if it does."""
     wanted, room = demand.total(demand.least), largest(groups)
     for kind in ("cpus", "gpus"):
         if getattr(wanted, kind) > getattr(room, kind) + SLACK:
             needs = f"{getattr(wanted, kind):g} {kind.upper().removesuffix('S')}s"
             has = f"{cluster} has {getattr(room, kind):g}"
-            return f"{demand.key}: {demand.what} needs {needs}, {has}; {mend.replace('{kind}', kind)}"
+            return f"{demand.key}: {demand.what} needs {needs}, {has}; {fix.replace('{kind}', kind)}"
     nodes = Nodes(groups)
     for bundle in demand.bundles(demand.least):
         placed = sum(nodes.place(bundle).values())
         if placed < bundle.count:
             kind, needs = "gpus" if bundle.gpus else "cpus", f"{bundle.count} x {describe(bundle)}"
             has = f"{cluster} has nodes for {placed}"
-            return f"{demand.key}: {demand.what} needs {needs}, {has}; {mend.replace('{kind}', kind)}"
+            return f"{demand.key}: {demand.what} needs {needs}, {has}; {fix.replace('{kind}', kind)}"
     return None
 
 

@@ -55,7 +55,7 @@ class Runner:
             work()
         except (UserError, KeyboardInterrupt, SystemExit, GeneratorExit):
             raise
-        except BaseException as error:  # a panic of Rust code is no `Exception`
+        except BaseException as error:  # a panic of Rust code is not an `Exception`
             if type(error) is not StageError or error.__cause__ is not None:
                 import traceback
 

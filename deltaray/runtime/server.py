@@ -49,7 +49,7 @@ class Reply:
     body: Any
     """The parsed JSON; None if there is none, which only an error's reply may lack."""
     text: str
-    """The beginning of an error's reply that is no JSON, else empty."""
+    """The beginning of an error's reply that is not JSON, else empty."""
 
 
 class Server:
@@ -142,7 +142,7 @@ def parsed(raw: bytes) -> Any:
 
 
 def _refuse(name: str) -> Any:
-    raise ValueError(f"{name} is no number of JSON")
+    raise ValueError(f"{name} is not a number of JSON")
 
 
 async def _read(response: Any) -> bytes:

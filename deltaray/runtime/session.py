@@ -218,8 +218,8 @@ def cpus_of_a_core() -> float:
 def beside_driver() -> dict[str, Any]:
     """Options of a small actor that belongs to this process: on its node, so that no other node takes it along.
 
-    Ray puts an actor that asks for nothing on any node, spot ones included. One that dies is made anew, without what it
-    knew, and asked again.
+    Ray puts an actor that asks for nothing on any node, spot ones included. One that dies is made
+    again, without what it knew, and asked again.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy

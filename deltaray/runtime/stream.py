@@ -29,7 +29,7 @@ def map_units(units: list[Unit], work: Callable[[Unit], Unit]) -> Iterator[Unit]
 
 
 def persistent(units: list[Unit], stream: Stream) -> Iterator[Unit]:
-    """The result of every unit once, as they come; where none comes for a while the rest is asked for anew.
+    """The result of every unit once, as they come; where none comes for a while the rest is asked for again.
 
     Ray may forget a task that is sent to a node which dies at that moment (ray-project/ray#63405). What is only slow is
     given twice as long each time.
@@ -47,7 +47,7 @@ def persistent(units: list[Unit], stream: Stream) -> Iterator[Unit]:
                     del missing[number]
                     yield result
         except ExecutionTimeoutError:
-            log.warning("%d units are asked for anew: none has ended for %g s", len(missing), patience)
+            log.warning("%d units are asked for again: none has ended for %g s", len(missing), patience)
             patience *= 2
 
 

@@ -26,7 +26,7 @@ from deltaray.text.screen import json_escaped, printable
 from deltaray.text.secrets import without_known, without_secrets
 
 PLAIN_INTERVAL = 5.0
-"""Seconds between progress lines when stderr is no terminal."""
+"""Seconds between progress lines when stderr is not a terminal."""
 
 PLAIN_WIDTH = 160
 
@@ -94,7 +94,7 @@ class Terminal:
 
     @contextmanager
     def progress(self, stage: str, unit: str, listener: Listener | None = None) -> Iterator["StageProgress"]:
-        """One live view of a stage; plain lines when stderr is no terminal."""
+        """One live view of a stage; plain lines when stderr is not a terminal."""
         live = _bars(self.err) if self.err.is_terminal else None
         view = StageProgress(self, stage, unit, live, listener)
         if live is None:

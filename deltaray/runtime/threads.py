@@ -25,7 +25,7 @@ def as_room_allows(jobs: list[Job], needs: list[Capacity], capacity: Capacity) -
     def work(number: int) -> None:
         try:
             jobs[number]()
-        except BaseException as error:  # a panic of Rust code is no `Exception`, and would never be heard of
+        except BaseException as error:  # a panic of Rust code is not an `Exception`, and would never be heard of
             ended.put((number, error))
         else:
             ended.put((number, None))

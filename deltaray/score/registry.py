@@ -1,6 +1,6 @@
 """All scorers by the `kind` of the recipe: a section in, a function from a response to its score out.
 
-Two kinds are no such function, because a model does the work: a judge (`judging.py`) and a reward model
+Two kinds are not such functions, because a model does the work: a judge (`judging.py`) and a reward model
 (`rewards.py`). One takes what a data set brought along (`given`).
 """
 

@@ -33,7 +33,7 @@ class Score:
     """Numbers that the score is made from."""
 
     def within(self, low: float = -math.inf, high: float = math.inf) -> "Score":
-        """The score itself, or none where its value is no finite number on the scale."""
+        """The score itself, or none where its value is not a finite number on the scale."""
         if self.value is None or (math.isfinite(self.value) and low <= self.value <= high):
             return self
         wrong = f"{self.value} is outside its scale, {low:g} to {high:g}"

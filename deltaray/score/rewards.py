@@ -58,7 +58,7 @@ class RewardWorker:
                 spec.model, revision=spec.revision, **options
             )
         except (OSError, ValueError) as error:
-            raise UserError(f"{key}.model: {spec.model!r} is no sequence classifier: {error}") from None
+            raise UserError(f"{key}.model: {spec.model!r} is not a sequence classifier: {error}") from None
         if wrong := misfit(info, SCORING):
             raise UserError(f"{key}.model: {spec.model}: {wrong}")
         if model.config.num_labels != 1:

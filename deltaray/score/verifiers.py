@@ -56,7 +56,7 @@ def multiple_choice_scorer(spec: MultipleChoice) -> ScoreFunction:
             return UNANSWERED
         wanted = final_letter(response.answer) or final_letter(f"Answer: {response.answer}")
         if wanted is None:
-            return Score(None, "the answer is no letter A to J")
+            return Score(None, "the answer is not a letter A to J")
         found = final_letter(response.text)
         return Score(0.0, "no choice") if found is None else Score(float(found == wanted))
 
@@ -131,4 +131,4 @@ def _f1(given: Counter[str], wanted: Counter[str]) -> float:
 
 
 def _refuse(constant: str) -> Any:
-    raise ValueError(f"{constant} is no JSON")
+    raise ValueError(f"{constant} is not JSON")

@@ -172,7 +172,7 @@ def _skeleton(model: Model, key: str, config: Any, held: Mapping[str, Held]) -> 
             return None  # vLLM may know it; own code may need more than shapes
         what = "sequence classifier" if kind == SCORING else "causal language model"
         raise UserError(
-            f"{key}.model: {model.model!r} is no {what} that transformers knows: {first_line(error)}"
+            f"{key}.model: {model.model!r} is not a {what} that transformers knows: {first_line(error)}"
         ) from None
     if not held or is_quantized(config) or _has_quantizer_file(model):
         return skeleton

@@ -24,7 +24,7 @@ def check_inputs(study: Study, store: Store, say: Say = silent) -> None:
     `say` is told what the user should know of the prompts.
 
     Raises:
-        UserError: the first mistake found, with file, key or row and the mend.
+        UserError: the first mistake found, with file, key or row and the fix.
     """
     _check_prompts(study, store, say)
     check_tasks(study, store, say=say)
@@ -106,7 +106,7 @@ def _saved(study: Study) -> dict[int, Literal["model", "adapter"]]:
 
 
 def prompt_source(study: Study) -> PromptSource:
-    """The study's prompts, where they are no preference data set's."""
+    """The study's prompts, where they do not come from a preference data set."""
     prompts = study.recipe.prompts
     assert prompts is not None
     drop = prompts.duplicates == "drop"

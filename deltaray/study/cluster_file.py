@@ -30,7 +30,7 @@ def read_cluster_file(path: Path) -> list[NodeGroup]:
     Other resources may stand in the same file, as in most of Kubernetes' files.
 
     Raises:
-        UserError: names the file, the key and the mend.
+        UserError: names the file, the key and the fix.
     """
     if not is_there(str(path)):
         raise UserError(f"--cluster {path}: there is no such file; give {KINDS}")
@@ -60,7 +60,7 @@ def _what(found: list[dict[str, Any]], clusters: list[dict[str, Any]]) -> str:
     if clusters:
         return f"it holds {len(clusters)} clusters ({', '.join(map(_title, clusters))}), and one is looked at at a time"
     kinds = [_title(tree) for tree in found if "kind" in tree]
-    return f"this is no cluster file, it holds {', '.join(kinds)}" if kinds else "this is no cluster file"
+    return f"this is not a cluster file, it holds {', '.join(kinds)}" if kinds else "this is not a cluster file"
 
 
 def _title(tree: dict[str, Any]) -> str:

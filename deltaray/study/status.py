@@ -60,7 +60,7 @@ def open_study(out: str) -> Store:
     with door(out):
         found = store.exists("recipe.yaml")
     if not found:
-        raise UserError(f"{out}: is no output folder of deltaray (there is no recipe.yaml in it)")
+        raise UserError(f"{out}: is not an output folder of deltaray (there is no recipe.yaml in it)")
     return store
 
 

@@ -38,7 +38,7 @@ _OTHERS = (
     rf"(?:{_CODE}(?:2[0-9a-f]|3[a-f]|40|5[b-f]|60|7[b-e])"
     rf"|{_NUMBER}(?:3[2-9]|4[0-7]|5[89]|6[0-4]|9[1-6]|12[3-6]))[;}}]?"
 )
-"""Escapes of signs that are no letters or digits."""
+"""Escapes of signs that are not letters or digits."""
 _OWN = (
     rf"{_CODE}(?:3[0-9]|4[1-9a-f]|5[0-9a]|6[1-9a-f]|7[0-9a])"
     rf"|{_NUMBER}(?:4[89]|5[0-7]|6[5-9]|[78][0-9]|90|9[7-9]|1[01][0-9]|12[0-2])"

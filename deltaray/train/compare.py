@@ -113,7 +113,7 @@ def _tolerance(model: Any, spread: float) -> float:
 
 
 def _hears_later(model: Any, items: Sequence[Item], device: torch.device | str, tolerance: float) -> str:
-    """Why it is no causal model: a text's first logits change with what comes after."""
+    """Why it is not a causal model: a text's first logits change with what comes after."""
     prompt, response = next(singles(items))
     whole = np.concatenate([prompt, response])
     with torch.no_grad():

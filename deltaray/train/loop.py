@@ -46,7 +46,7 @@ class Job:
 def train_runs(job: Job) -> None:
     """Trains every run that is not committed yet. Called on all workers at once.
 
-    What trying again would not mend is told to the driver instead of raised.
+    What trying again would not fix is told to the driver instead of raised.
     """
     if ray.get(job.progress.refused.remote()) is not None:  # by the worker group before this one
         return

@@ -19,7 +19,7 @@ from deltaray.recipe.search_space import Choice, axes, explored, trial_of
 from deltaray.tune.records import Record
 
 ATTEMPTS = 100
-"""Suggestions in a row that are no new trial before the space counts as used up."""
+"""Suggestions in a row that give no new trial before the space counts as used up."""
 
 
 def distributions(recipe: Recipe) -> dict[str, BaseDistribution]:

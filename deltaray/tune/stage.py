@@ -81,7 +81,7 @@ class Explorer:
         if found and all(record["state"] == "failed" for record in found.values()):
             raise StageError(
                 f"all {len(found)} trials failed; the first: {next(iter(found.values()))['reason']}\n"
-                f"each has its reason in {self.store.address(Store.trials)}; mend the cause and run the same command "
+                f"each has its reason in {self.store.address(Store.trials)}; fix the cause and run the same command "
                 "with --retry-failed"
             )
 

@@ -57,7 +57,7 @@ class PairMaker:
 
 
 def run_trial(config: Choice, sweep: Sweep) -> None:
-    """Ray Tune's trainable. What trying again would not mend becomes the trial's record instead of an exception."""
+    """Ray Tune's trainable. What trying again would not fix becomes the trial's record instead of an exception."""
     base, store = sweep.base, sweep.store
     choice = config["choice"]
     trial = trial_of(base.recipe, choice)

@@ -44,7 +44,7 @@ POLL_SECONDS = 0.3
 ADAPTATIONS = [
     "MODEL_MAP names the four miniature teachers (folders) instead of seven Qwen2.5 models",
     "vllm.LLM is given the engine arguments that deltaray gives its engines (`engine_arguments`)",
-    "load_dataset's result is turned into lists: since datasets 4 a column is no list, and json.dump refuses it",
+    "load_dataset's result is turned into lists: since datasets 4 a column is not a list, and json.dump refuses it",
     "push_to_hub writes a local Parquet file: there is no network",
     "--tensor_parallel_size 1 and --max_tokens 12; the input data set is a local folder",
 ]

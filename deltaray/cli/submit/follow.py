@@ -71,10 +71,10 @@ class Follower:
         if self.status == "STOPPED" or self.info.driver_exit_code == 130:
             raise KeyboardInterrupt
         if self.status == "FAILED" and self.info.driver_exit_code == UserError.exit_code:
-            raise UserError(f"job {self.name}: refused; what to mend is said above")
+            raise UserError(f"job {self.name}: refused; the messages above say what to fix")
         if self.status == "FAILED":
             reason = (self.info.message or "").strip().splitlines()
             raise StageError(
-                f"job {self.name} failed: {reason[0] if reason else 'no message'}\nwhat is committed is safe: mend the "
+                f"job {self.name} failed: {reason[0] if reason else 'no message'}\nwhat is committed is safe: fix the "
                 "cause and run the same command again to resume"
             )

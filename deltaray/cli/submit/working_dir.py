@@ -83,15 +83,15 @@ def _named(node: Any, at: str) -> Iterator[tuple[str, str]]:
 
 def _found(recipe: Recipe, key: str, path: Path) -> list[Path]:
     if os.path.normpath(path).startswith(".."):
-        raise UserError(f"{key}: {path} lies outside of this folder, so it cannot travel with the job; {_MEND}")
+        raise UserError(f"{key}: {path} lies outside of this folder, so it cannot travel with the job; {_FIX}")
     if path.exists():
         return [path]
     if _looks_local(key, path) and not _is_made(recipe, path):
-        raise UserError(f"{key}: there is no {path} here; relative paths travel with the job: correct it, or {_MEND}")
+        raise UserError(f"{key}: there is no {path} here; relative paths travel with the job: correct it, or {_FIX}")
     return []
 
 
-_MEND = "put it on storage that all nodes see and write its absolute path"
+_FIX = "put it on storage that all nodes see and write its absolute path"
 
 
 def _looks_local(key: str, path: Path) -> bool:
@@ -114,7 +114,7 @@ def _files(path: Path, key: str, above: tuple[str, ...] = ()) -> Iterator[tuple[
     Args:
         above: the real paths of the folders on the way here.
     Raises:
-        UserError: it leads out of this folder, is no file, or is where keys are kept.
+        UserError: it leads out of this folder, is not a file, or is where keys are kept.
     """
     real = _refuse_link_out(path, key)
     if not above and (secret := _secret_in(path)):
@@ -139,7 +139,7 @@ def _refuse_link_out(path: Path, key: str) -> str:
     """
     here, real = os.path.realpath("."), os.path.realpath(path)
     if _is_inside(os.path.abspath(path), here) and not _is_inside(real, here):  # noqa: PTH100
-        raise UserError(f"{key}: {path} leads out of this folder, to {real}, so it cannot travel with the job; {_MEND}")
+        raise UserError(f"{key}: {path} leads out of this folder, to {real}, so it cannot travel with the job; {_FIX}")
     return real
 
 
@@ -151,9 +151,9 @@ def _refuse_special(path: Path, real: str, key: str) -> None:
     try:
         mode = os.stat(real).st_mode  # noqa: PTH116
     except OSError as error:
-        raise UserError(f"{key}: {path} cannot be read: {error.strerror}; remove it, or {_MEND}") from None
+        raise UserError(f"{key}: {path} cannot be read: {error.strerror}; remove it, or {_FIX}") from None
     if not stat.S_ISREG(mode):
-        raise UserError(f"{key}: {path} is no file (a socket, a pipe or a device) and cannot travel with the job")
+        raise UserError(f"{key}: {path} is not a file (a socket, a pipe or a device) and cannot travel with the job")
 
 
 def _secret_in(path: Path) -> str | None:
@@ -168,5 +168,5 @@ def _refuse_large(files: dict[Path, tuple[str, list[str]]]) -> None:
         largest = max(sizes, key=lambda path: sizes[path])
         raise UserError(
             f"{files[largest][0]}: {largest} has {sizes[largest] / 2**20:,.0f} MiB, all files that the recipe names "
-            f"{total / 2**20:,.0f} MiB; a job carries {MAX_MIB} MiB at most: {_MEND}"
+            f"{total / 2**20:,.0f} MiB; a job carries {MAX_MIB} MiB at most: {_FIX}"
         )

@@ -104,7 +104,7 @@ def kind_of(path: str) -> str:
 
 
 def is_hub_dataset(path: str) -> bool:
-    """`owner/name` that is no file here and does not look like one."""
+    """`owner/name` that is not a file here and does not look like one."""
     file = Path(path)
     return path.count("/") == 1 and not (is_there(path) or file.is_absolute() or kind_of(path) in READERS)
 

@@ -41,7 +41,7 @@ def prompt_row(raw: dict[str, Any]) -> PromptRow:
 
     Text that is not Unicode does not refuse the row: what is wrong becomes U+FFFD, and `error` tells why the prompt
     cannot be asked. In `raw` such text holds lone surrogates: those of JSON's escapes, and U+DC80 … U+DCFF for the
-    bytes 0x80 … 0xFF that are no UTF-8 (Python's `surrogateescape`).
+    bytes 0x80 … 0xFF that are not UTF-8 (Python's `surrogateescape`).
 
     Raises:
         RowError: there is no prompt in it.

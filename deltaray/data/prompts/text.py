@@ -1,6 +1,6 @@
 """Rows of text files: JSON Lines, JSON and CSV, plain or compressed, each with the line it begins in.
 
-Bytes that are no UTF-8 stay in the text as lone surrogates (`surrogateescape`): `rows.py` tells what to do with them.
+Bytes that are not UTF-8 stay in the text as lone surrogates (`surrogateescape`): `rows.py` tells what to do with them.
 NaN and infinity, which JSON does not know and pandas writes, are null.
 """
 
@@ -143,7 +143,7 @@ def _json_list(file: Path, source: BinaryIO) -> Numbered:
 
 
 def _next(text: str, at: int) -> int:
-    """Where the next character that is no space stands."""
+    """Where the next character that is not a space stands."""
     while at < len(text) and text[at] in _SPACE:
         at += 1
     return at

@@ -28,14 +28,14 @@ _WRITTEN = re.compile(r"""\s*\[\s*\{\s*["'](role|content)["']\s*:""")
 
 
 class RowError(ValueError):
-    """The row is no prompt; the message says why, and what to do."""
+    """The row is not a prompt; the message says why, and what to do."""
 
 
 def checked_turns(value: Any) -> list[Turn]:
     """The turns of `messages` with their fields. Nulls, which is how tables say that there is none, stay in `content`.
 
     Raises:
-        RowError: they are no turns, or the last one leaves nothing to answer.
+        RowError: they are not turns, or the last one leaves nothing to answer.
     """
     turns = turns_of(value, "messages")
     if turns[-1]["role"] not in ASKING:
@@ -49,7 +49,7 @@ def turns_of(value: Any, column: str) -> list[Turn]:
     """As `checked_turns`, with any role last. `column`: its name, for messages.
 
     Raises:
-        RowError: they are no turns.
+        RowError: they are not turns.
     """
     if not isinstance(value, list) or not value:
         raise RowError(f"`{column}` must be a list of {{role, content}}")
@@ -125,7 +125,7 @@ def thoughts_of(turn: Turn) -> str | None:
     """The thoughts that stand beside a turn's text.
 
     Raises:
-        RowError: they are no text, or two fields say different things.
+        RowError: they are not text, or two fields say different things.
     """
     found = [turn[name] for name in THOUGHTS if turn.get(name)]
     if any(not isinstance(item, str) for item in found):
@@ -145,7 +145,7 @@ def with_system(turns: list[Turn], system: Any) -> list[Turn]:
     """The turns behind the text of a row's `system`, if there is one.
 
     Raises:
-        RowError: it is no text, or the turns begin with another one.
+        RowError: it is not text, or the turns begin with another one.
     """
     if system is None or system == "":
         return turns

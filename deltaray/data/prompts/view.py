@@ -63,7 +63,7 @@ class View:
             return {}
         given = str(row.get("answer"))
         if given not in self.answers:
-            raise RowError(f"the answer {short(given)!r} is none of {', '.join(self.answers)} (answers)")
+            raise RowError(f"the answer {short(given)!r} must be one of {', '.join(self.answers)} (answers)")
         return {"answer": self.answers[given]}
 
 

@@ -133,7 +133,7 @@ class Files(Reader):
         return sweep(self.local / folder) if self.local is not None else 0
 
     def append_line(self, path: str, value: Any) -> None:
-        """Adds one JSON line to a small log, which is put anew: it never ends in half a line."""
+        """Adds one JSON line to a small log, which is written again whole: it never ends in half a line."""
         line = json.dumps(value, ensure_ascii=False).encode() + b"\n"
         self.write_bytes(path, (self.read_bytes(path) if self.exists(path) else b"") + line)
 

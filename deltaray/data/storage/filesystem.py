@@ -41,7 +41,7 @@ def connect(out: str) -> tuple[fs.FileSystem, str]:
     """
     if "://" not in out:
         return fs.LocalFileSystem(), out
-    with door(f"out: {out}", "is no address of an object store"):
+    with door(f"out: {out}", "is not an address of an object store"):
         parts = urlsplit(out)
     if "@" in parts.netloc:
         host = parts.netloc.rpartition("@")[2]
@@ -52,7 +52,7 @@ def connect(out: str) -> tuple[fs.FileSystem, str]:
     try:
         base, path = fs.FileSystem.from_uri(out)
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise UserError(f"out: {out} is no folder and no address of an object store: {error}") from None
+        raise UserError(f"out: {out} is neither a folder nor the address of an object store: {error}") from None
     if not path.strip("/"):
         raise UserError(f"out: {out} names no folder to write to, such as s3://bucket/study")
     return base, path

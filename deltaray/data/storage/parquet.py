@@ -63,7 +63,7 @@ def open_parquet(
         address: the file's name in messages.
 
     Raises:
-        UserError: it is no Parquet file, is damaged, or is a table of another kind.
+        UserError: it is not a Parquet file, is damaged, or is a table of another kind.
         FileNotFoundError: it is not there.
     """
     with filesystem.open_input_file(path) as source:
@@ -87,7 +87,7 @@ def refuse_foreign(found: pa.Schema, wanted: pa.Schema | None, address: str) -> 
     """UserError if a wanted column is not there or has another type."""
     wrong = [line for field in wanted or [] if (line := _difference(found, field))]
     if wrong:
-        raise UserError(f"{address}: is no table of this kind: {'; '.join(wrong)}; {REMEDY}")
+        raise UserError(f"{address}: is not a table of this kind: {'; '.join(wrong)}; {REMEDY}")
 
 
 def _difference(found: pa.Schema, field: pa.Field) -> str | None:

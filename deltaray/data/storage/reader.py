@@ -24,7 +24,7 @@ class Reader:
     def __init__(self, out: str) -> None:
         if "\0" in out or not is_unicode(out):  # Arrow would end the process over such a path
             raise UserError(f"out: {out!r}: a study's folder has a name in Unicode, without NUL; name another one")
-        with door(f"out: {out}", "is no folder"):
+        with door(f"out: {out}", "is not a folder"):
             self.out = out if "://" in out else str(Path(out).expanduser().absolute())
             base, path = connect(self.out)
             self.local = Path(path) if isinstance(base, fs.LocalFileSystem) else None
@@ -89,13 +89,13 @@ class Reader:
         }
 
     def _refuse_endless(self, path: str) -> None:
-        """UserError for what is there and is no file: reading a pipe or a device may never end."""
+        """UserError for what is there and is not a file: reading a pipe or a device may never end."""
         if self.local is None:
             return
         with door(self.address(path)):
             there = self.local / path
             if there.exists() and not there.is_file():
-                raise UserError(f"{self.address(path)}: is no file (a folder, a pipe or a device); {REMEDY}")
+                raise UserError(f"{self.address(path)}: is not a file (a folder, a pipe or a device); {REMEDY}")
 
     def _open(self, path: str, schema: pa.Schema | None = None) -> Any:
         self._refuse_endless(path)
@@ -105,7 +105,7 @@ class Reader:
         """One file's rows; with a schema they have all its columns (or those named), and only those.
 
         Raises:
-            UserError: the file is no Parquet file, is damaged, or does not have the schema's columns and types.
+            UserError: the file is not a Parquet file, is damaged, or does not have the schema's columns and types.
         """
         wanted = schema and pa.schema([schema.field(name) for name in columns or schema.names])
         names = wanted.names if wanted else columns
@@ -176,7 +176,7 @@ class Reader:
             shape: what it must look like (`storage/shape.py`).
 
         Raises:
-            UserError: it is damaged, or was changed by somebody: it is no JSON, or looks otherwise.
+            UserError: it is damaged, or was changed by somebody: it is not JSON, or looks otherwise.
             OSError: it is not there, or the store does not answer.
         """
         content = self.read_bytes(path)

@@ -128,7 +128,7 @@ def _refuse_unshown(tokenizer: Any, messages: Sequence[Message], tools: Tools | 
 
 
 def _is_shown(text: str, shown: str) -> bool:
-    """As it is, as JSON quotes it, or, where it is JSON itself, all texts in it: some templates lay that out anew."""
+    """As it is, as JSON quotes it, or, where it is JSON itself, all texts in it: some templates lay that out again."""
     if text in shown or any(json.dumps(text, ensure_ascii=pure)[1:-1] in shown for pure in (False, True)):
         return True
     try:

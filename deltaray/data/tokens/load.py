@@ -182,7 +182,7 @@ def _template(own: Any, model: Model, key: str) -> Any:
     several = own if isinstance(own, dict) else {}
     wanted, names = model.chat_template, ", ".join(sorted(several))
     if wanted is not None and is_there(wanted):
-        with door(f"{key}.chat_template: {wanted}", "is no text in UTF-8"):
+        with door(f"{key}.chat_template: {wanted}", "is not text in UTF-8"):
             return read_small(Path(wanted), TEMPLATE_BYTES).decode()
     if wanted is not None:
         if wanted in several:

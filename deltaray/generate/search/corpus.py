@@ -95,7 +95,7 @@ def _texts(corpus: Corpus) -> Iterator[str]:
                 f"{place(corpus.path, number)}: {KEY}: no passage in {corpus.text!r}; name its column as {KEY}.text"
             )
         text = f"{title}\n{text}" if title else text
-        yield text.encode(errors="replace").decode()  # lone surrogates stand for bytes that are no text
+        yield text.encode(errors="replace").decode()  # lone surrogates stand for bytes that are not text
     if not number:
         raise UserError(f"{KEY}.path: {corpus.path} holds no passage")
 
@@ -104,7 +104,7 @@ def check_corpus(corpus: Corpus) -> None:
     """It is there, its first row has a passage, and bm25s is installed; what is on a hub is looked at when it runs.
 
     Raises:
-        UserError: names the key and the mend.
+        UserError: names the key and the fix.
     """
     if find_spec("bm25s") is None:
         raise UserError(f"{KEY}: needs bm25s: `pip install deltaray[search]`")

@@ -1,7 +1,7 @@
 """The merging stage: the deltas answer the selection tasks, then each merge is made of the best of them.
 
 A merge is bound to what it is made of (the adapters' contents in their order, method, options). It is made once, and
-anew when any of that has changed; its earlier answers are deleted then.
+again when any of that has changed; its earlier answers are deleted then.
 """
 
 import tempfile

@@ -65,7 +65,7 @@ def _tokens(store: Store, name: str, prompts: int, measure: Measure) -> int | No
 
 
 def _seconds(store: Store, rows: int) -> float | None:
-    """Of the runs of the stage that made all the rows; what came later (second attempts at failed rows) is no part."""
+    """Seconds of the runs of the stage that made all the rows, without later attempts at failed ones."""
     path = store.stages
     lines = store.read_lines(path, {"stage": str, "done": int, "seconds": float}) if store.exists(path) else []
     runs = [record for record in lines if record["stage"] == "generate"]

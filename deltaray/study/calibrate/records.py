@@ -81,7 +81,7 @@ def read_calibration(store: Store) -> Calibration | None:
     """None if there is none.
 
     Raises:
-        UserError: the file is none of ours.
+        UserError: the file is not a calibration.
     """
     if not store.exists(Store.calibration):
         return None
@@ -89,7 +89,7 @@ def read_calibration(store: Store) -> Calibration | None:
         return Calibration.model_validate_json(store.read_bytes(Store.calibration))
     except ValueError:
         raise UserError(
-            f"{store.address(Store.calibration)}: is no calibration; delete it and calibrate again"
+            f"{store.address(Store.calibration)}: is not a calibration; delete it and calibrate again"
         ) from None
 
 
