@@ -109,11 +109,12 @@ def compare(out: Path, layout: dict, settings: dict) -> dict:
     checkpoints = Checkpoints(Store(address), "run")
     first = Trainer(training, student, run, data, 0)
     again = steps(first, 0, RESTART)
-    checkpoints.save(first.engine, checkpoints.new_name(RESTART), {"step": RESTART, "data": data.fingerprint})
+    checkpoints.begin(first.engine, checkpoints.new_name(RESTART), {"step": RESTART, "data": data.fingerprint})
+    steps(first, RESTART, RESTART + 1)  # what is trained meanwhile is not in it
+    checkpoints.finish()
     full = Checkpoints(FullStore(address), "run")
-    refusal = refused(
-        lambda: full.save(first.engine, full.new_name(RESTART + 1), {"step": 9, "data": data.fingerprint})
-    )
+    full.begin(first.engine, full.new_name(RESTART + 1), {"step": 9, "data": data.fingerprint})
+    refusal = refused(full.finish)
     stop_engine(first.engine)
     second = Trainer(training, student, run, data, 0)
     state, left_out = checkpoints.load(second.engine, data.fingerprint)

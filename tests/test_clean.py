@@ -192,4 +192,4 @@ def test_every_csv_goes_through_this_door() -> None:
     source = Path(__file__).parents[1] / "deltaray"
     found = {str(file.relative_to(source)) for file in source.rglob("*.py") if "write_csv(" in file.read_text()}
     found |= {str(file.relative_to(source)) for file in source.rglob("*.py") if "csv.writer(" in file.read_text()}
-    assert found == {"storage/cells.py"}
+    assert found == {"data/storage/cells.py"}

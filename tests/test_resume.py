@@ -55,7 +55,7 @@ def kill_an_actor(name):
 
 def watched():
     """The actors that have somebody beside them who ends them when they are frozen."""
-    for watcher in processes("runtime/guard.py"):
+    for watcher in processes("runtime/process_watchdog.py"):
         with suppress(psutil.NoSuchProcess):
             yield watcher.parent().cmdline()[0].partition(".")[0]
 
@@ -69,11 +69,24 @@ class Killer:
 
     def __call__(self, run, step, total, metrics):
         self.watched |= set(watched())
-        if run == "killed" and 9 <= step < total and not self.done:
-            # the same settings and pairs: what `broken` would have left behind if its command had died here
-            shutil.copytree(self.folder / "killed", self.folder / "broken")
+        if run == "killed" and 9 <= step < total and not self.done and self.copied():
             kill_an_actor("RayTrainWorker")
             self.done = True
+
+    def copied(self):
+        """Whether two complete checkpoints are there as well for `broken`, as if its command had died here.
+
+        It has the same settings and pairs. Workers go on meanwhile and may remove what is being copied.
+        """
+        complete = sorted(self.folder.glob("killed/*/manifest.json"))[-2:]
+        try:
+            for manifest in complete:
+                shutil.copytree(manifest.parent, self.folder / "broken" / manifest.parent.name)
+        except (OSError, shutil.Error):
+            complete = []
+        if len(complete) < 2:
+            shutil.rmtree(self.folder / "broken", ignore_errors=True)
+        return len(complete) == 2
 
 
 @pytest.fixture(scope="module")

@@ -177,8 +177,8 @@ def test_nothing_in_the_code_loads_what_could_run() -> None:
         assert "trust_remote_code=True" not in source, file
     assert found == {
         "generate/stream.py": ["pickle.loads"],  # what another of our own processes has packed, inside Ray
-        "limited/child.py": ["pickle.loads"],  # what the process that has started it asks
-        "score/confined.py": ["exec"],  # in the sandbox
+        "untrusted/child.py": ["pickle.loads"],  # what the process that has started it asks
+        "score/programs/confinement.py": ["exec"],  # in the sandbox
     }
 
 

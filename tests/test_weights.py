@@ -12,7 +12,7 @@ import torch
 from adapters import make_adapter
 from model_folders import change, configure, put, rename, save_reward, save_vision, shard
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from tiny_model import make_model, make_tokenizer, save_tiny
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -343,20 +343,23 @@ def test_an_adapter_to_go_on_from_must_find_its_places(folder: Path, tmp_path: P
         load_module(student, "float32", lora, start)
 
 
-def test_a_checkpoint_of_other_weights_is_not_sound(tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_not_sound(tmp_path: Path) -> None:
     checkpoints = Checkpoints(Store(str(tmp_path)), "run")
     tensors = {f"w|{kind}": torch.zeros(2, 3) for kind in ("weight", "exp_avg", "exp_avg_sq")}
     content = save(tensors)
     path = f"{checkpoints.folder}/step"
     checkpoints.store.write_bytes(f"{path}/rank.safetensors", content)
     files = {"rank.safetensors": [len(content), zlib.crc32(content)]}
-    manifest: dict[str, Any] = {"files": files, "state": {"data": 1, "step": 1}}
-    checkpoints.store.write_json(f"{path}/manifest.json", manifest | {"checksum": _checksum(manifest)})
+    plain: dict[str, Any] = {"files": files, "state": {"data": 1, "step": 1}}
+    checkpoints.store.write_json(f"{path}/manifest.json", plain | {"checksum": _checksum(plain)})
+    manifest = checkpoints.manifest("step", 1)
+    assert manifest is not None and checkpoints.manifest("step", 2) is None  # other pairs
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    assert checkpoints._is_sound("step", 1, shapes)
-    assert not checkpoints._is_sound("step", 1, shapes | {"v|weight": (1,)})
-    assert not checkpoints._is_sound("step", 1, shapes | {"w|weight": (3, 2)})
-    assert not checkpoints._is_sound("step", 1, {"w|weight": (2, 3)})
-    checkpoints.store.write_json(f"{path}/manifest.json", manifest)
-    assert not checkpoints._is_sound("step", 1, shapes)  # without its checksum
-    assert load_file(tmp_path / path / "rank.safetensors").keys() == tensors.keys()
+    assert checkpoints.shapes("step", manifest, ["rank.safetensors"]) == {"rank.safetensors": shapes}
+    assert checkpoints.shapes("step", manifest, ["gone.safetensors"]) is None
+    checkpoints.store.write_bytes(f"{path}/rank.safetensors", content[:-1] + b"!")
+    assert checkpoints.shapes("step", manifest, ["rank.safetensors"]) is None
+    checkpoints.store.write_json(f"{path}/manifest.json", plain)
+    assert checkpoints.manifest("step", 1) is None  # without its checksum
+    checkpoints.store.write_bytes(f"{path}/manifest.json", b"[")
+    assert checkpoints.manifest("step", 1) is None

@@ -18,10 +18,12 @@ import itertools
 import logging
 import os
 import queue
+import shutil
 import tempfile
 import threading
 from collections.abc import Mapping
 from concurrent.futures import Future
+from importlib.util import find_spec
 from typing import Any
 
 from deltaray.data.tokens.serve import tokenizer_arguments
@@ -92,6 +94,8 @@ class _Stepper:
     """The engine's thread: takes units, swaps weights between them, steps vLLM, hands out answers."""
 
     def __init__(self, spec: EngineSettings, inbox: "queue.SimpleQueue[_Job | None]") -> None:
+        if shutil.which("nvcc") is None and find_spec("flashinfer_jit_cache") is None:
+            os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")  # it is compiled when it is first used
         with quick_imports():
             from vllm.engine.arg_utils import EngineArgs
             from vllm.exceptions import VLLMClientError

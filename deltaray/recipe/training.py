@@ -118,8 +118,8 @@ class Training(Section):
     """Data-parallel workers (processes), each with `gpus_per_worker` GPUs."""
     groups: int = Field(1, ge=1)
     """Groups of so many workers that train different runs side by side, as far as the cluster has room for them."""
-    gpus_per_worker: int | None = Field(None, ge=0)
-    """Default: 1 if the cluster has GPUs, else 0."""
+    gpus_per_worker: int | None = Field(None, ge=0, le=1)
+    """Default: 1 if the cluster has GPUs, else 0. A worker uses one GPU; more GPUs are more `workers`."""
     cpus_per_worker: float = Field(1.0, gt=0)
     accelerator: str | None = None
     """Ray's accelerator type (`H100`, …) of the nodes that the workers may run on."""

@@ -49,6 +49,10 @@ class Capacity:
     def gpus_per_worker(self, demanded: int | None) -> int:
         return demanded if demanded is not None else int(self.gpus > 0)
 
+    def hidden_gpus(self, gpus: float) -> dict[str, str]:
+        """The environment of a process that reserves so many: with none it must see none; Ray leaves them visible."""
+        return {"CUDA_VISIBLE_DEVICES": ""} if self.gpus and not gpus else {}
+
 
 def declared_capacity(cluster: Cluster) -> Capacity:
     """What a Ray started on this machine will have; for an address, what the recipe declares (0: ask the cluster)."""

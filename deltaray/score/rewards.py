@@ -29,12 +29,14 @@ def reward_files(store: Store, units: list[Unit], capacity: Capacity) -> Iterato
         todo = [{"unit": unit} for unit in units if unit["scorer"] == name]
         spec: RewardModel = section_of(todo[0]["unit"]["spec"])
         gpus = spec.gpus if spec.gpus is not None else float(capacity.gpus > 0)
+        hidden = capacity.hidden_gpus(gpus)
         stream = ray.data.from_items(todo, override_num_blocks=len(todo)).map(
             guarded(RewardWorker),
             fn_constructor_args=(store, spec, f"scorers.{name}"),
             compute=ray.data.ActorPoolStrategy(size=min(spec.workers, len(todo))),
             num_cpus=spec.cpus,
             num_gpus=gpus or None,
+            **({"runtime_env": {"env_vars": hidden}} if hidden else {}),
         )
         stream.set_name(f"rewards of {name}")
         yield from stream.iter_rows()

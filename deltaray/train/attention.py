@@ -7,6 +7,7 @@ On GPUs one variable-length FlashAttention call of PyTorch; elsewhere, and in fl
 similar size, where padding costs attention only and never a matrix product with weights.
 """
 
+import inspect
 from typing import Any
 
 import torch
@@ -59,6 +60,12 @@ def _flash(
     from torch.nn.attention.varlen import varlen_attn
 
     queries, keys = layout.bounds
+    repeats = query.shape[1] // key.shape[1]
+    grouped: dict[str, Any] = {}
+    if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+        grouped = {"enable_gqa": repeats > 1}
+    elif repeats > 1:  # before torch 2.12
+        key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
     found: Tensor = varlen_attn(  # type: ignore[assignment]
         query,
         key[layout.places],
@@ -69,7 +76,7 @@ def _flash(
         max(layout.key_counts),
         scale=scaling,
         window_size=(-1 if window is None else window - 1, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
+        **grouped,
     )
     return found
 

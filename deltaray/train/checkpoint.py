@@ -1,45 +1,54 @@
 """Checkpoints that any number of workers can write and any other number can resume from.
 
-A checkpoint holds, per trained weight, its float32 value and AdamW's two moments whole, not by worker: ZeRO's own
-files are bound to the number of workers. Every worker gathers weight after weight and writes its share of them; a
-manifest with the sizes and checksums of all files comes last, and without it a checkpoint does not exist.
+A checkpoint holds weights and moments whole, not by worker: ZeRO's own files are bound to the number of workers. Each
+worker copies its share to the machine's memory and writes it while training goes on; a manifest with the sizes and
+checksums of all files comes last, and without it a checkpoint does not exist.
 """
 
 import json
 import uuid
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.utils import (
-    safe_get_full_fp32_param,
-    safe_get_full_optimizer_state,
-    safe_set_full_fp32_param,
-    safe_set_full_optimizer_state,
-)
 from safetensors.torch import load, save
-from torch import Tensor, nn
+from torch import Tensor
 
 from deltaray.data.store import Store
 from deltaray.errors import PASSING, StageError
+from deltaray.train.full_state import Shapes, full_shapes, own_parts, prepare_moments, set_full
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 PART = 2 << 30
-"""Bytes of one file: what a worker holds of a checkpoint at a time."""
-
+"""Bytes of one file."""
+WAITING = 2
+"""Files that wait in memory to be written, per worker; further ones wait until one of them is."""
 KEPT = 2
 """Checkpoints that are kept of a run, beside its best."""
+Written = dict[str, list[int]]
+"""The files that a worker has written: name -> [bytes, checksum]."""
+
+
+@dataclass
+class Pending:
+    """A checkpoint whose files are being written."""
+
+    name: str
+    state: dict[str, Any]
+    keep: str | None
+    files: list["Future[Written]"] = field(default_factory=list)
 
 
 class Checkpoints:
-    """The checkpoints of one run. `save` and `load` are collective calls."""
+    """The checkpoints of one run. `begin`, `finish` and `load` are collective calls."""
 
     def __init__(self, store: Store, run: str) -> None:
         self.store, self.folder = store, Store.checkpoints(run)
+        self.pending: Pending | None = None
+        self.writer = ThreadPoolExecutor(1)
 
     # --- what is there ------------------------------------------------------------------------------------------
     def complete(self) -> list[str]:
@@ -63,43 +72,57 @@ class Checkpoints:
                 (self.store.local / self.folder / name).rmdir()
 
     # --- writing ------------------------------------------------------------------------------------------------
-    def save(self, engine: Any, name: str, state: dict[str, Any], keep: str | None = None) -> None:
-        """Commits a checkpoint under a `new_name`, then removes all but the newest and `keep`.
+    def begin(self, engine: Any, name: str, state: dict[str, Any], keep: str | None = None) -> None:
+        """Copies what a checkpoint under a `new_name` holds; training may go on, `finish` commits it.
+
+        Args:
+            state: JSON that is kept with it. keep: the checkpoint that `finish` leaves besides the newest ones.
+        """
+        self.finish()
+        self.pending = Pending(name, state, keep)
+        for number, part in enumerate(own_parts(engine.module, PART)):
+            files = self.pending.files
+            if len(files) >= WAITING:
+                files[-WAITING].exception()  # waits; `finish` tells what went wrong
+            file = f"rank-{dist.get_rank():05d}-{number:05d}.safetensors"
+            files.append(self.writer.submit(self._write, f"{self.folder}/{name}", file, part))
+
+    def _write(self, folder: str, file: str, part: dict[str, Tensor]) -> Written:
+        content = save(part)
+        self.store.write_bytes(f"{folder}/{file}", content)
+        return {file: [len(content), zlib.crc32(content)]}
+
+    def finish(self) -> None:
+        """Commits the checkpoint that was begun, if any, then removes all but the newest and the one to keep.
 
         Raises:
             StageError: on every worker, if one of them could not write; nothing counts then.
         """
-        written: list[dict[str, list[int]]] = [{} for _ in range(dist.get_world_size())]
-        own, error = self._write_parts(engine, name)
+        if self.pending is None:
+            return
+        pending, self.pending = self.pending, None
+        own, error = _collected(pending.files)
+        written: list[Written] = [{} for _ in range(dist.get_world_size())]
         dist.all_gather_object(written, own)
         _raise_together(error)
         if dist.get_rank() == 0:
             files = {file: size for part in written for file, size in part.items()}
-            told: dict[str, Any] = {"files": files, "state": state}
-            told["checksum"] = _checksum(told)
-            error = _attempt(lambda: self.store.write_json(self._manifest(name), told))
+            error = _attempt(lambda: self._commit(pending, files))
         _raise_together(error)
-        if dist.get_rank() == 0:
-            newest = self.complete()[:KEPT]
-            self._remove([other for other in self.store.folders(self.folder) if other not in (*newest, keep)])
         dist.barrier()
+
+    def _commit(self, pending: Pending, files: Written) -> None:
+        told: dict[str, Any] = {"files": files, "state": pending.state}
+        told["checksum"] = _checksum(told)
+        self.store.write_json(self._manifest(pending.name), told)
+        left = {*self.complete()[:KEPT], pending.keep}
+        self._remove([other for other in self.store.folders(self.folder) if other not in left])
 
     def new_name(self, step: int) -> str:
         """One name for all workers; a torn checkpoint of the same step never mixes with a new one."""
         name = [f"step-{step:09d}-{uuid.uuid4().hex[:8]}"]
         dist.broadcast_object_list(name, src=0)
         return name[0]
-
-    def _write_parts(self, engine: Any, name: str) -> tuple[dict[str, list[int]], Exception | None]:
-        """This worker's files ({name: [bytes, checksum]}); it goes on gathering after a failure, others wait for it."""
-        files: dict[str, list[int]] = {}
-        error: Exception | None = None
-        for number, part in enumerate(_parts(engine.module)):
-            file, content = f"rank-{dist.get_rank():05d}-{number:05d}.safetensors", save(part) if not error else b""
-            files[file] = [len(content), zlib.crc32(content)]
-            path = f"{self.folder}/{name}/{file}"
-            error = error or _attempt(lambda path=path, content=content: self.store.write_bytes(path, content))
-        return files, error
 
     # --- reading ------------------------------------------------------------------------------------------------
     def load(self, engine: Any, data: int) -> tuple[dict[str, Any] | None, list[str]]:
@@ -112,7 +135,8 @@ class Checkpoints:
         return None, names[0]
 
     def load_one(self, engine: Any, name: str, data: int) -> dict[str, Any] | None:
-        """Sets weights and moments from one checkpoint.
+        """Sets weights and moments from one checkpoint. Whatever the number of workers, each file is read twice: to see
+        that all are whole before anything is set, and to set it; whoever reads it sends it to the others.
 
         Args:
             data: `Data.fingerprint` of the pairs.
@@ -120,35 +144,69 @@ class Checkpoints:
         Returns:
             None, and nothing is set, if any worker finds it damaged, of other weights, or made on other pairs.
         """
-        sound: list[bool] = [False] * dist.get_world_size()
-        dist.all_gather_object(sound, self._is_sound(name, data, _wanted(engine.module)))
-        if not all(sound):
+        manifest, rank, workers = self.manifest(name, data), dist.get_rank(), dist.get_world_size()
+        files = sorted(manifest["files"]) if manifest else []
+        shares: list[dict[str, Shapes] | None] = [None] * workers
+        dist.all_gather_object(shares, self.shapes(name, manifest, files[rank::workers]) if manifest else None)
+        found = {file: shapes for share in shares if share is not None for file, shapes in share.items()}
+        if manifest is None or None in shares or _merged(found) != full_shapes(engine.module):
             return None
-        manifest = self.store.read_json(self._manifest(name))
-        parameters = dict(engine.module.named_parameters())
         prepare_moments(engine, int(manifest["state"]["step"]))
-        for file in sorted(manifest["files"]):
-            _apply(parameters, load(self.store.read_bytes(f"{self.folder}/{name}/{file}")))
+        parameters = dict(engine.module.named_parameters())
+        for number, file in enumerate(files):
+            set_full(parameters, self._sent(name, file, found[file], number % workers, engine.device))
         return dict(manifest["state"])
 
-    def _is_sound(self, name: str, data: int, wanted: dict[str, tuple[int, ...]]) -> bool:
-        """`wanted`: the shapes of all that it must hold, and of nothing else."""
-        found: dict[str, tuple[int, ...]] = {}
+    def manifest(self, name: str, data: int) -> dict[str, Any] | None:
+        """A checkpoint's manifest; None if it is damaged or of other pairs."""
         try:
-            manifest = self.store.read_json(self._manifest(name))
-            checksum = _checksum(manifest)
-            if manifest["state"]["data"] != data or manifest["checksum"] != checksum:
-                return False
-            for file, (size, checksum) in manifest["files"].items():
-                content = self.store.read_bytes(f"{self.folder}/{name}/{file}")
-                if (len(content), zlib.crc32(content)) != (size, checksum):
-                    return False
-                found |= {key: tuple(tensor.shape) for key, tensor in load(content).items()}
+            manifest: dict[str, Any] = self.store.read_json(self._manifest(name))
+            sound = manifest["state"]["data"] == data and manifest["checksum"] == _checksum(manifest)
         except PASSING:
             raise
-        except BaseException:  # whatever damage does to it, panics of Rust code included: an older one will do
-            return False
-        return found == wanted
+        except BaseException:  # whatever damage does to it: an older one will do
+            return None
+        return manifest if sound else None
+
+    def shapes(self, name: str, manifest: dict[str, Any], files: list[str]) -> dict[str, Shapes] | None:
+        """What some of its files hold, by file; None if one of them is damaged."""
+        found: dict[str, Shapes] = {}
+        try:
+            for file in files:
+                content = self.store.read_bytes(f"{self.folder}/{name}/{file}")
+                if [len(content), zlib.crc32(content)] != manifest["files"][file]:
+                    return None
+                found[file] = {key: tuple(tensor.shape) for key, tensor in load(content).items()}
+        except PASSING:
+            raise
+        except BaseException:  # also panics of Rust code
+            return None
+        return found
+
+    def _sent(
+        self, name: str, file: str, shapes: Shapes, owner: int, device: torch.device
+    ) -> Iterator[tuple[str, Tensor]]:
+        """A file's tensors on every worker, in the order of their names; one worker reads them."""
+        mine = dist.get_rank() == owner
+        content = load(self.store.read_bytes(f"{self.folder}/{name}/{file}")) if mine else {}
+        for key, shape in sorted(shapes.items()):
+            tensor = content.pop(key).to(device) if mine else torch.empty(shape, device=device)
+            dist.broadcast(tensor, src=owner)
+            yield key, tensor
+
+
+def _merged(found: dict[str, Shapes]) -> Shapes:
+    return {key: shape for shapes in found.values() for key, shape in shapes.items()}
+
+
+def _collected(files: list["Future[Written]"]) -> tuple[Written, Exception | None]:
+    """What a worker has written, once it has; the first thing that went wrong, if any did."""
+    written: Written = {}
+    error: Exception | None = None
+    for future in files:
+        failed = _attempt(lambda future=future: written.update(future.result()))
+        error = error or failed
+    return written, error
 
 
 def _checksum(manifest: dict[str, Any]) -> int:
@@ -173,64 +231,3 @@ def _raise_together(error: Exception | None) -> None:
     for item in errors:
         if item is not None:
             raise item
-
-
-# --- weights and moments ----------------------------------------------------------------------------------------
-def _trained(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    return ((name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad)
-
-
-def _wanted(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    """The shapes of a checkpoint's tensors."""
-    shapes = {name: tuple(getattr(parameter, "ds_shape", parameter.shape)) for name, parameter in _trained(module)}
-    return {f"{name}|{kind}": shape for name, shape in shapes.items() for kind in ("weight", *MOMENTS)}
-
-
-def _parts(module: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """This worker's share of the weights and moments, a file's worth at a time; gathering is collective."""
-    part: dict[str, Tensor] = {}
-    for number, (name, parameter) in enumerate(_trained(module)):
-        whole = {"weight": safe_get_full_fp32_param(parameter)}
-        whole |= {moment: safe_get_full_optimizer_state(parameter, moment) for moment in MOMENTS}
-        if number % dist.get_world_size() == dist.get_rank():
-            part |= {f"{name}|{kind}": tensor.detach().to("cpu", copy=True) for kind, tensor in whole.items()}
-        if sum(tensor.nbytes for tensor in part.values()) >= PART:
-            yield part
-            part = {}
-    if part:
-        yield part
-
-
-def prepare_moments(engine: Any, steps: int) -> None:
-    """Gives AdamW the state that it would make at its first step, so that it can be set."""
-    zero = engine.optimizer
-    inner = zero.optimizer
-    flats = getattr(zero, "fp32_partitioned_groups_flat", None)  # ZeRO 3
-    for number, flat in enumerate(flats or [flat for group in inner.param_groups for flat in group["params"]]):
-        with _in_memory(zero, number):
-            zeros = {moment: torch.zeros_like(flat, memory_format=torch.preserve_format) for moment in MOMENTS}
-            inner.state[flat] = {"step": torch.tensor(float(steps), device=flat.device), **zeros}
-    if flats is None:  # ZeRO 1 and 2
-        zero._lazy_init_hp_params_optimizer_state()
-
-
-@contextmanager
-def _in_memory(zero: Any, number: int) -> Iterator[None]:
-    """A group of weights that may lie on a disk meanwhile (`offload_folder`)."""
-    swapped = getattr(zero, "swap_optimizer", False) and zero._swappable_optimizer_subgroup(number)
-    if swapped:
-        zero._optimizer_states_and_gradient_swap_in(number)
-    yield
-    if swapped:
-        zero._optimizer_states_and_gradient_swap_out(number)
-
-
-def _apply(parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor]) -> None:
-    for name in sorted({key.rpartition("|")[0] for key in tensors}):
-        parameter = parameters[name]
-        weight = tensors[f"{name}|weight"]
-        safe_set_full_fp32_param(parameter, weight)
-        for moment in MOMENTS:
-            safe_set_full_optimizer_state(parameter, tensors[f"{name}|{moment}"], moment)
-        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=hasattr(parameter, "ds_id")):
-            parameter.data.copy_(weight)

@@ -1,6 +1,7 @@
 """The training loop, inside a worker of Ray Train: one worker group trains any number of students one after another."""
 
 import logging
+import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +29,9 @@ from deltaray.train.schedule import total_steps
 from deltaray.train.staleness import note_pairs
 from deltaray.train.trainer import Metrics, Trainer
 
+BEHIND = 2
+"""Steps that are made while a checkpoint is being written; then it is waited for."""
+
 log = logging.getLogger(__name__)
 
 
@@ -51,12 +55,20 @@ def train_runs(job: Job) -> None:
     if ray.get(job.progress.refused.remote()) is not None:  # by the worker group before this one
         return
     join_process_group()
+    _share_cores(job.training)
     for run in _missing(job):
         refusal = _train(job, run)
         if refusal is not None:
             if dist.get_rank() == 0:
                 ray.get(job.progress.refuse.remote(refusal))
             return
+
+
+def _share_cores(training: Training) -> None:
+    """Ray gives a worker one thread per reserved CPU; with offloading the optimizer's steps are made by all cores."""
+    if training.offload != "none" and torch.cuda.is_available():
+        beside = ray.train.get_context().get_local_world_size()
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // beside))
 
 
 def _missing(job: Job) -> list[TrainingRun]:
@@ -125,6 +137,7 @@ class _Session:
     data: Data
     saved: float = field(default_factory=time.monotonic)
     best: tuple[float, str] | None = None  # (held-out accuracy, name of its checkpoint)
+    finished_at: int | None = None  # the step before which the checkpoint that is being written is committed
 
     def run_to_the_end(self) -> None:
         job, run = self.job, self.run
@@ -140,7 +153,7 @@ class _Session:
         self.watcher = Watcher(job.training.watch, self.total)
         self.answering = self._answering()
         self._steps(self._resume())
-        self.reporter.commit()
+        self._finish()
         self._keep(run.name)
         stop_engine(self.trainer.engine)
         if dist.get_rank() == 0:
@@ -209,6 +222,8 @@ class _Session:
 
     def _steps(self, first: int) -> None:
         for step in range(first, self.total):
+            if step == self.finished_at:
+                self._finish()
             metrics = self.trainer.step(step, self.total)
             evaluated = self._is_evaluated(step)
             if evaluated:
@@ -250,13 +265,20 @@ class _Session:
         if best is not None:
             self.best = (best, name)
         lines, data = self.reporter.lines, self.data.fingerprint
-        state = {"step": step, "data": data, "lines": lines, "best": self.best}
-        self.checkpoints.save(self.trainer.engine, name, state, keep=self.best[1] if self.best else None)
-        self.saved = time.monotonic()
+        state = {"step": step, "data": data, "lines": list(lines), "best": self.best}
+        self._finish()
+        self.checkpoints.begin(self.trainer.engine, name, state, keep=self.best[1] if self.best else None)
+        self.saved, self.finished_at = time.monotonic(), step + BEHIND
+
+    def _finish(self) -> None:
+        """Commits the checkpoint that is being written, with the lines of metrics up to now."""
+        self.checkpoints.finish()
         self.reporter.commit()
+        self.finished_at = None
 
     def _stop(self, signature: Signature) -> None:
         """Goes back to the best checkpoint (without held-out pairs: the newest)."""
+        self._finish()
         names = [self.best[1]] if self.best else self.checkpoints.complete()[:1]
         if signature.name == "not_finite" and not names:
             raise StageError(f"{self.run.name}: step {signature.step}: {signature.message}")

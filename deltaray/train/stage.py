@@ -1,5 +1,6 @@
 """The training stage, on the driver: all missing students in one worker group of Ray Train."""
 
+import os
 import threading
 import uuid
 from collections.abc import Callable, Iterator
@@ -115,7 +116,8 @@ def _fit(trainer: Callable[[], TorchTrainer], progress: Any, group: list[Trainin
 def _trainer(
     study: Study, training: Training, store: Store, runs: list[TrainingRun], progress: Any, name: str
 ) -> TorchTrainer:
-    gpus = cluster_capacity(study.recipe.cluster).gpus_per_worker(training.gpus_per_worker)
+    capacity = cluster_capacity(study.recipe.cluster)
+    gpus = capacity.gpus_per_worker(training.gpus_per_worker)
     resources = {"CPU": training.cpus_per_worker} | ({"GPU": gpus} if gpus else {})
     asked = training.generation
     folder, filesystem = store.place(Store.train_state)
@@ -142,7 +144,7 @@ def _trainer(
             storage_path=folder,
             storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=training.max_failures),
-            worker_runtime_env={"env_vars": _environment(gpus)},
+            worker_runtime_env={"env_vars": _environment(gpus) | capacity.hidden_gpus(gpus)},
         ),
     )
 
@@ -156,8 +158,10 @@ def _work(job: dict[str, Any]) -> None:
 
 
 def _environment(gpus: int) -> dict[str, str]:
+    """Rows of every length come along; segments that grow keep what is free between them usable."""
     if gpus:
-        return {"TOKENIZERS_PARALLELISM": "false"}
+        allocation = os.environ.get("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+        return {"TOKENIZERS_PARALLELISM": "false", "PYTORCH_ALLOC_CONF": allocation}
     return {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 

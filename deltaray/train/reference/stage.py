@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
+from typing import Any
 
 import ray
 
@@ -64,9 +65,12 @@ def _stream(study: Study, training: Training, store: Store, student: str, work: 
     from deltaray.train.reference.worker import ReferenceWorker
 
     quiet_ray_data()
-    gpus = cluster_capacity(study.recipe.cluster).gpus_per_worker(training.gpus_per_worker)
+    capacity = cluster_capacity(study.recipe.cluster)
+    gpus = capacity.gpus_per_worker(training.gpus_per_worker)
     rows = [asdict(block) for block in work]
-    kind = {"accelerator_type": training.accelerator} if training.accelerator else {}
+    kind: dict[str, Any] = {"accelerator_type": training.accelerator} if training.accelerator else {}
+    if hidden := capacity.hidden_gpus(gpus):
+        kind["runtime_env"] = {"env_vars": hidden}
     workers = min(training.workers, len(rows), math.ceil(sum(block.rows for block in work) / RESPONSES_PER_WORKER))
     stream = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
         guarded(ReferenceWorker),
