@@ -156,6 +156,13 @@ def test_a_report_of_other_files_is_written_again(store: Store) -> None:
     assert not is_reported(store)
 
 
+def test_a_run_that_version_0_1_defined_is_still_the_same(store: Store) -> None:
+    store.define("training/delta", {"early": [2], "beta": 5.0})
+    store.claim({"training/delta": {"intermediate_checkpoints": [2], "beta": 5.0}})
+    with pytest.raises(UserError, match=r"training/delta: intermediate_checkpoints was \[2\] and is now \[3\]"):
+        store.claim({"training/delta": {"intermediate_checkpoints": [3], "beta": 5.0}})
+
+
 def test_a_summary_of_other_answers_is_not_the_last_word(study: Study, store: Store) -> None:
     evaluation = SimpleNamespace(claims=[], names=[])
     evaluated: Any = SimpleNamespace(recipe=SimpleNamespace(evaluation=evaluation), evaluated={})

@@ -1,5 +1,6 @@
 """What only a GPU runs, as far as it can be checked without one: against stand-ins of the same interface."""
 
+import os
 from itertools import pairwise
 from typing import Any
 
@@ -71,7 +72,18 @@ def test_what_reserves_no_gpu_sees_none() -> None:
     assert not Capacity(8, 4).hidden_gpus(0.5) and not Capacity(8, 0).hidden_gpus(0)
 
 
-def test_a_training_worker_uses_one_gpu(tmp_path: Any) -> None:
+def test_ray_data_hands_on_that_no_gpu_is_visible(ray_session: Any) -> None:
+    """As the reference pass and reward models do; the workers of Ray Train get their environment the same way."""
+
+    def seen(row: dict[str, Any]) -> dict[str, Any]:
+        return row | {"visible": os.environ.get("CUDA_VISIBLE_DEVICES", "all")}
+
+    hidden = {"env_vars": Capacity(8, 4).hidden_gpus(0)}
+    rows = ray_session.data.from_items([{"row": 1}]).map(seen, runtime_env=hidden, num_cpus=0.5).take_all()
+    assert rows == [{"row": 1, "visible": ""}]
+
+
+def test_a_training_worker_uses_one_gpu() -> None:
     with pytest.raises(UserError, match=r"gpus_per_worker: .*less than or equal to 1"):
         load_recipe(recipe_folder() / "miniature.yaml", ["training.gpus_per_worker=2"])
 

@@ -7,6 +7,7 @@ import pytest
 from deltaray.errors import UserError
 from deltaray.recipe import Recipe, dump_recipe, expand, load_recipe, recipe_folder
 from deltaray.recipe.filters import Correctness, LengthGap
+from deltaray.recipe.renamed import RENAMED
 from deltaray.study.pipeline import Pipeline
 from deltaray.train.reference.stage import references_needed
 
@@ -283,3 +284,9 @@ def test_pda_has_the_settings_of_the_paper(name: str, loss: str, path: str, pair
     counts = {merge.count for merge in study.merges.values() if merge.method == "gam"}
     assert counts == set(range(2, len(pairs) + 1))
     assert {merge.method for merge in study.merges.values()} == {"mean", "ties", "knots", "gam"}
+
+
+@pytest.mark.parametrize(("key", "name"), RENAMED.items())
+def test_keys_of_version_0_1_are_refused_with_their_new_name(key: str, name: str) -> None:
+    with pytest.raises(UserError, match=f"{key}: unknown key; it is called '{name}' now"):
+        load_recipe(recipe_folder() / "miniature.yaml", [f"training.{key}=1"])

@@ -1,4 +1,4 @@
-"""Where everything lies under `out`. No other module spells a path; see the README of this package for the tree."""
+"""Where everything lies under `out`. No other module spells what begins with `.deltaray/`."""
 
 PAIRS_PREFIX = "train-"
 """Of the files of pairs: `datasets` takes files with the name of a split alone, and leaves `_funnel.json` and
@@ -6,7 +6,7 @@ PAIRS_PREFIX = "train-"
 
 
 class Paths:
-    """Paths relative to `out`. What begins with `.deltaray/` is of no use to a user."""
+    """Paths relative to `out`. What begins with `.deltaray/` is for deltaray alone; users need not read it."""
 
     # --- what users read ----------------------------------------------------------------------------------------
     recipe = "recipe.yaml"

@@ -16,6 +16,7 @@ from deltaray.data.paths import Paths
 from deltaray.data.storage.files import COMPLETE, Files
 from deltaray.data.storage.filesystem import together
 from deltaray.errors import UserError
+from deltaray.recipe.renamed import RENAMED
 
 
 class Store(Paths, Files):
@@ -56,11 +57,8 @@ class Store(Paths, Files):
 
     def definition(self, name: str) -> dict[str, Any] | None:
         """What an artifact here is made from; None if there is none yet."""
-        return (
-            dict(self.read_json(Store.definition_path(name), dict))
-            if self.exists(Store.definition_path(name))
-            else None
-        )
+        path = Store.definition_path(name)
+        return dict(self.read_json(path, dict)) if self.exists(path) else None
 
     def define(self, name: str, value: dict[str, Any]) -> None:
         """Binds an artifact to what it is made from, in place of an earlier definition."""
@@ -70,6 +68,7 @@ class Store(Paths, Files):
         if not self.exists(Store.definition_path(name)):
             return []
         before, after = self.read_json(Store.definition_path(name), dict), json.loads(json.dumps(value))
+        before = {RENAMED.get(key, key): old for key, old in before.items()}
         keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
         return [f"{name}: {key} was {before.get(key)!r} and is now {after.get(key)!r}" for key in keys]
 

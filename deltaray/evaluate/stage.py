@@ -181,9 +181,8 @@ def is_concluded(study: Study, store: Store) -> bool:
     summary = store.read_json(Store.summary, SUMMARY)
     covered = {model.base for model in study.evaluated.values()} <= summary["names"].keys()
     evaluation = study.recipe.evaluation
-    if not store.exists(Store.evaluated) or store.read_json(Store.evaluated, {"inputs": str})["inputs"] != _inputs(
-        store
-    ):
+    record = Store.evaluated
+    if not store.exists(record) or store.read_json(record, {"inputs": str})["inputs"] != _inputs(store):
         return False
     return covered and summary["claims"] == evaluation.claims and summary["tasks"] == evaluation.names
 

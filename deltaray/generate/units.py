@@ -49,7 +49,7 @@ class Assignment:
 def missing_units(store: Store, work: Assignment) -> list[Unit]:
     """The units that complete the destination: every (prompt, sample) that is neither published nor staged there.
 
-    A unit holds responses of neighbouring prompts. Its file is named after them: whoever computes the unit again
+    A unit holds responses of neighbouring prompts. Its file is named after them: a process that computes the unit again
     writes the same file.
     """
     waiting = list(store.listing(folder_of(work.destination, work.identity, work.retry)))

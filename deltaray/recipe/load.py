@@ -18,6 +18,7 @@ from deltaray.recipe.check import check_recipe
 from deltaray.recipe.kinds import mixed_up
 from deltaray.recipe.models import is_there
 from deltaray.recipe.recipe import Recipe
+from deltaray.recipe.renamed import RENAMED
 from deltaray.recipe.secrets import OUTSIDE, line_with_secret, named_variables, secrets_in, variables_in
 from deltaray.recipe.shipped import recipe_folder
 from deltaray.recipe.yaml import CORRECT, Document, Path_, YamlError, read_yaml
@@ -211,10 +212,6 @@ def _explain(issue: Any) -> str:
 
 def _shown(issue: Any) -> str:
     return short(repr(issue["input"]))
-
-
-RENAMED = {"tokens_per_pass": "micro_batch_tokens", "early": "intermediate_checkpoints"}
-"""Keys of version 0.1."""
 
 
 def _unknown_key(loc: Path_) -> str:

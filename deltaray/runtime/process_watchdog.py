@@ -32,7 +32,7 @@ def guard(frozen: float = FROZEN) -> None:
 
 
 def guarded(worker: type[Any]) -> type[Any]:
-    """The class of an actor whose process is guarded; whoever makes a `worker` elsewhere stays as he is."""
+    """The class of an actor whose process is guarded; a `worker` that is made elsewhere is not."""
 
     def start(self: Any, *arguments: Any, **named: Any) -> None:
         guard()

@@ -17,7 +17,7 @@ CREDENTIALS = struct.Struct("3i")
 
 
 class RayletWatch:
-    """Waits for the end of the raylet through which this process speaks to Ray, whoever has started it."""
+    """Waits for the end of the raylet through which this process speaks to Ray, even if another process started it."""
 
     def __init__(self, say: Callable[[str], None]) -> None:
         self.say = say

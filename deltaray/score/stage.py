@@ -96,7 +96,7 @@ def score_units(
     say: Callable[[str], None],
     retry_failed: bool = False,
 ) -> int:
-    """Scores files, whoever answered in them; as `score`."""
+    """As `score`, for files of responses from anywhere: teachers, or models that are evaluated."""
     totals: dict[str, int] = {}
     for unit in units:
         name = _shown(unit)

@@ -75,10 +75,11 @@ class Checkpoints:
     def begin(self, engine: Any, name: str, state: dict[str, Any], keep: str | None = None) -> None:
         """Copies what a checkpoint under a `new_name` holds; training may go on, `finish` commits it.
 
+        The checkpoint before must be finished.
+
         Args:
             state: JSON that is kept with it. keep: the checkpoint that `finish` leaves besides the newest ones.
         """
-        self.finish()
         self.pending = Pending(name, state, keep)
         for number, part in enumerate(own_parts(engine.module, PART)):
             files = self.pending.files
@@ -135,8 +136,10 @@ class Checkpoints:
         return None, names[0]
 
     def load_one(self, engine: Any, name: str, data: int) -> dict[str, Any] | None:
-        """Sets weights and moments from one checkpoint. Whatever the number of workers, each file is read twice: to see
-        that all are whole before anything is set, and to set it; whoever reads it sends it to the others.
+        """Sets weights and moments from one checkpoint.
+
+        Each file is read twice, by any number of workers: once to see that all files are whole before anything is set,
+        and once by the worker that sends it to the others.
 
         Args:
             data: `Data.fingerprint` of the pairs.

@@ -152,7 +152,8 @@ def _trainer(
 def _work(job: dict[str, Any]) -> None:
     guard()
     with quick_imports():  # torch and DeepSpeed are imported in the workers only
-        from deltaray.train.loop import Job, train_runs
+        from deltaray.train.loop import train_runs
+        from deltaray.train.run_session import Job
 
     train_runs(Job(**job))
 

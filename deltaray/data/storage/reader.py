@@ -53,7 +53,7 @@ class Reader:
         """
         if self.has_folders:
             return
-        base, path = connect(self.out)  # impatient: whoever mistyped an address hears it at once
+        base, path = connect(self.out)  # impatient: a mistyped address is refused at once
         bucket = path.strip("/").partition("/")[0]
         try:
             found, _ = base.get_file_info([bucket, f"{path}/recipe.yaml"])
