@@ -31,7 +31,15 @@ from tests.fuzz.mutate import change, spoil
 from tests.fuzz.recipes import Check, _silent
 from tests.tiny_model import save_tiny
 
-SPREADING = ("tokens", "pair.prompts", "pair.describe", "pair.stage", "score.compare", "score.judging", "score.stage")
+SPREADING = (
+    "pair.token_ids",
+    "pair.prompts",
+    "pair.describe",
+    "pair.stage",
+    "score.compare",
+    "score.judging",
+    "score.stage",
+)
 """Modules that spread work over the cluster."""
 
 
