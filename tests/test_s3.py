@@ -223,7 +223,7 @@ def test_what_ray_train_gets_outlasts_a_server_that_refuses_also_in_its_workers(
     ("out", "message"),
     [
         ("s3://key:secret@bucket/x", r"s3://…@bucket/x holds credentials; give them in the environment"),
-        ("s3://bucket/x?nonsense=1", "no address of an object store"),
+        ("s3://bucket/x?nonsense=1", "neither a folder nor the address of an object store"),
     ],
 )
 def test_addresses_that_are_refused(out: str, message: str) -> None:

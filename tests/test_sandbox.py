@@ -247,7 +247,7 @@ def test_many_programs_at_once_are_all_run() -> None:
 
 def test_the_last_block_that_compiles_is_the_program() -> None:
     function = sandbox.python_tests_scorer(PythonTests(kind="python_tests", memory_mib=256))
-    blocks = ["x = 1", "x = 2", "x = (", "-" * 100000 + "1", "this is not python"]
+    blocks = ["x = 1", "x = 2", "x = (", "-" * 100000 + "1", "this is no python"]
     text = "\n".join(f"```python\n{block}\n```" for block in blocks)
     assert function(Response("t", text, "assert x == 2")).value == 1
     assert function(Response("t", "(" * 100000, "assert True")).note == "program failed: SyntaxError"
@@ -259,7 +259,10 @@ def test_the_last_block_that_compiles_is_the_program() -> None:
     ("begin", "told"),
     [
         ("import platform; platform.machine = lambda: 'riscv64'", "no table of system calls for riscv64"),
-        ("from deltaray.score import confined; confined.install = lambda *_: 0", "the filter does not hold"),
+        (
+            "from deltaray.score.programs import confinement; confinement.install = lambda *_: 0",
+            "the filter does not hold",
+        ),
     ],
 )
 def test_where_nothing_confines_nothing_is_run(begin: str, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -274,7 +277,7 @@ def test_where_nothing_confines_nothing_is_run(begin: str, told: str, monkeypatc
 def test_where_threads_cannot_be_counted_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sandbox, "_IDLE", [])
     path, _, rest = sandbox.BEGIN.partition("; from")
-    refused = "from deltaray.score import confined; confined.NEW_LISTENER = 1 << 20"
+    refused = "from deltaray.score.programs import confinement; confinement.NEW_LISTENER = 1 << 20"
     monkeypatch.setattr(sandbox, "BEGIN", f"{path}; {refused}; from{rest}")
     assert run("import threading", "threading.Thread(target=int).start()", "1") == (1, "test failed: RuntimeError")
     sandbox._IDLE.pop().close()
@@ -311,7 +314,8 @@ def test_nobody_can_read_this_process_while_programs_run(monkeypatch: pytest.Mon
 
 
 def test_the_process_that_runs_programs_ends_with_its_worker() -> None:
-    code = "from deltaray.score import sandbox as s\ns.run_tests('', ['1'], 1.0, 256)\nprint(s._IDLE[0].process.pid)"
+    begin = "from deltaray.score.programs import sandbox as s"
+    code = f"{begin}\ns.run_tests('', ['1'], 1.0, 256)\nprint(s._IDLE[0].process.pid)"
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     stat = Path(f"/proc/{int(said)}/stat")
     for _ in range(200):
